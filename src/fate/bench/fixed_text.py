@@ -1,0 +1,116 @@
+"""Prefill and decode speed on a fixed sequence of tokens: every system sees the same tokens whatever it computes.
+
+Random weights decoding greedily collapse into one token and flatter every cache, so the text is given, not generated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, DynamicCache
+
+from fate.bench.environment import environment, peak_resident_bytes
+from fate.core import StepStats
+from fate.errors import UsageError
+from fate.loading import load
+from fate.runtime.session import FateModel
+
+
+@dataclass(frozen=True)
+class Workload:
+    """prompt_tokens are prefilled, new_tokens decoded one by one; the cache of experts is warm from the first on."""
+
+    text: str
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One prefill and decode. Seconds are wall clock; `decode` counts that phase only."""
+
+    ttft_s: float
+    decode_s: float
+    decode: StepStats
+
+
+def measure(
+    store: Path, systems: Sequence[str], workload: Workload, progress: Callable[[str], None], **limits: Any
+) -> dict[str, Any]:
+    """Interleave `systems` (A B A B), a fresh load each time; limits: memory, experts, max_context for `fate.load`.
+
+    Returns one JSON-ready document with, per system, medians and spread. Raises UsageError if the text is too short.
+    """
+    ids = _tokens(store, workload)
+    limits = {"max_context": ids.shape[1], **{key: value for key, value in limits.items() if value is not None}}
+    passes: dict[str, list[Pass]] = {name: [] for name in systems}
+    plans: dict[str, dict[str, Any]] = {}
+    for repeat in range(workload.repeats):
+        for name in systems:
+            progress(f"{name}, pass {repeat + 1} of {workload.repeats}")
+            with load(store, system=name, on_plan=lambda *_: None, **limits) as model:
+                passes[name].append(_run(model, ids, workload))
+                plan = model.fate.plan
+                plans[name] = {
+                    "planned_bytes": plan.total,
+                    "budget_bytes": plan.budget,
+                    "slots": plan.num_slots,
+                    "experts": plan.needs.total_experts,
+                }
+    return {
+        "bench": "fixed-text",
+        "store": store.name,
+        "workload": {key: value for key, value in asdict(workload).items() if key != "text"},
+        "systems": {name: {**plans[name], **_summary(passes[name], workload)} for name in systems},
+        "peak_resident_bytes": peak_resident_bytes(),
+        "environment": environment(),
+    }
+
+
+def _tokens(store: Path, workload: Workload) -> torch.Tensor:
+    ids = AutoTokenizer.from_pretrained(store)(workload.text, return_tensors="pt").input_ids
+    needed = workload.prompt_tokens + workload.new_tokens
+    if ids.shape[1] < needed:
+        raise UsageError(f"the text has {ids.shape[1]} tokens, {needed} are needed: give a longer text")
+    return ids[:, :needed]
+
+
+@torch.inference_mode()
+def _run(model: FateModel, ids: torch.Tensor, workload: Workload) -> Pass:
+    """A first pass warms the experts' cache; the second is measured."""
+    for _ in range(2):
+        cache = DynamicCache(config=model.config)
+        start = time.perf_counter()
+        for piece in ids[:, : workload.prompt_tokens].split(model.fate.envelope.prefill_chunk, dim=1):
+            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        first_token = time.perf_counter()
+        before = model.fate.stats()
+        for at in range(workload.prompt_tokens, ids.shape[1]):
+            model(ids[:, at : at + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        end = time.perf_counter()
+    return Pass(first_token - start, end - first_token, (model.fate.stats() - before).decode)
+
+
+def _summary(passes: list[Pass], workload: Workload) -> dict[str, Any]:
+    speeds = sorted(workload.new_tokens / p.decode_s for p in passes)
+    middle = sorted(passes, key=lambda p: p.decode_s)[len(passes) // 2]
+    stats = middle.decode
+    return {
+        "decode_tokens_per_s": median(speeds),
+        "decode_tokens_per_s_range": [speeds[0], speeds[-1]],
+        "prefill_tokens_per_s": median(workload.prompt_tokens / p.ttft_s for p in passes),
+        "hit_rate": stats.hit_rate,
+        "coverage": stats.coverage,
+        "bytes_per_token": stats.bytes_moved / stats.tokens,
+        "wasted_bytes_per_token": stats.wasted_bytes / stats.tokens,
+        "link_bytes_per_s": stats.bytes_moved / middle.decode_s,
+        "stall_share": stats.stall_share,
+        "expert_compute_share": stats.expert_compute_s / stats.total_s,
+    }

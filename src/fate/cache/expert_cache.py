@@ -1,0 +1,162 @@
+"""The slot table: which expert is in which slot, and who may take whose place.
+
+Slots are equal and belong to nobody for good. Each layer *caches* up to its capacity, ordered by its eviction
+policy. Besides, up to `transient` experts of any layer are *staged*: prefetched and not yet asked for, or passing
+through because a layer needs more experts than it may cache. A staged expert that proves useful is promoted into its
+layer's cache without moving a byte; the victim's slot joins the free ones. So a wrong guess costs the cache nothing.
+
+Owns no bytes, no threads, no clock; every call is made under the owner's lock.
+
+>>> from fate.cache.lru import LRU
+>>> cache = ExpertCache([2], transient=1, policy=LRU)
+>>> cache.admit(ExpertKey(0, 5)).slot, cache.admit(ExpertKey(0, 6)).slot
+(0, 1)
+>>> cache.admit(ExpertKey(0, 7)).slot       # evicts 5
+0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from fate.cache.base import EvictionPolicy
+from fate.core import ExpertKey, Precision
+
+
+class Finishable(Protocol):
+    """What the cache must know of a transfer: whether it may still write to its slot."""
+
+    @property
+    def finished(self) -> bool: ...
+
+
+T = TypeVar("T", bound=Finishable)
+
+
+@dataclass(eq=False)
+class Entry(Generic[T]):
+    """One resident (or arriving) expert.
+
+    precision: what the slot's bytes amount to once `transfer` (None: nothing under way) has landed.
+    staged: in the transient region. pins: leases that forbid eviction. prefetched: read before it was asked for.
+    """
+
+    key: ExpertKey
+    slot: int
+    staged: bool
+    precision: Precision = Precision.FULL
+    transfer: T | None = None
+    pins: int = 0
+    prefetched: bool = False
+
+
+class ExpertCache(Generic[T]):
+    """Slots 0 .. sum(capacities) + transient - 1 shared by the experts of all layers."""
+
+    def __init__(self, capacities: Sequence[int], transient: int, policy: Callable[[int], EvictionPolicy]) -> None:
+        if transient < 1:
+            raise ValueError(f"the transient region needs at least one slot, not {transient}")
+        self.capacities = tuple(capacities)
+        self.transient = transient
+        self.num_slots = sum(capacities) + transient
+        self.evictions = 0
+        self._policies = [policy(capacity) for capacity in capacities]
+        self._cached = [0] * len(self.capacities)
+        self._staged: dict[ExpertKey, Entry[T]] = {}
+        self._entries: dict[ExpertKey, Entry[T]] = {}
+        self._free = list(range(self.num_slots - 1, -1, -1))  # popped from the end: slot 0 first
+
+    def lookup(self, key: ExpertKey) -> Entry[T] | None:
+        return self._entries.get(key)
+
+    def touch(self, entry: Entry[T]) -> None:
+        """A cached expert was accessed."""
+        self._policies[entry.key.layer].on_hit(entry.key.expert)
+
+    def admit(self, key: ExpertKey) -> Entry[T] | None:
+        """Cache a new expert of `key.layer`, evicting if its layer is full; None when every cached one is pinned."""
+        slot = self._make_room(key.layer)
+        if slot is None:
+            return None
+        return self._enter(Entry(key, slot, staged=False))
+
+    def stage(self, key: ExpertKey) -> Entry[T] | None:
+        """Give a new expert a transient slot; None when the region is full."""
+        if len(self._staged) >= self.transient or not self._free:
+            return None
+        return self._enter(Entry(key, self._free.pop(), staged=True))
+
+    def promote(self, entry: Entry[T]) -> bool:
+        """Turn a staged expert into a cached one; False when its layer's cache is all pinned."""
+        slot = self._make_room(entry.key.layer)
+        if slot is None:
+            return False
+        self._free.append(slot)  # the expert keeps its own slot, the layer's goes back
+        del self._staged[entry.key]
+        entry.staged = False
+        self._count_cached(entry)
+        return True
+
+    def drop(self, entry: Entry[T], *, keep_slot: bool = False) -> None:
+        """Forget a resident expert. `keep_slot`: a read still writes to its slot; `free_slot` comes later."""
+        del self._entries[entry.key]
+        if entry.staged:
+            del self._staged[entry.key]
+        else:
+            self._cached[entry.key.layer] -= 1
+            self._policies[entry.key.layer].on_evict(entry.key.expert)
+        if not keep_slot:
+            self._free.append(entry.slot)
+
+    def free_slot(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def staged(self) -> list[Entry[T]]:
+        """Entries of the transient region, oldest first."""
+        return list(self._staged.values())
+
+    def resident(self, layer: int) -> frozenset[int]:
+        """Experts of `layer` that hold a slot, landed or not."""
+        return frozenset(key.expert for key in self._entries if key.layer == layer)
+
+    def _enter(self, entry: Entry[T]) -> Entry[T]:
+        if entry.key in self._entries:
+            raise ValueError(f"{entry.key} is resident already")
+        self._entries[entry.key] = entry
+        if entry.staged:
+            self._staged[entry.key] = entry
+        else:
+            self._count_cached(entry)
+        return entry
+
+    def _count_cached(self, entry: Entry[T]) -> None:
+        self._cached[entry.key.layer] += 1
+        self._policies[entry.key.layer].on_insert(entry.key.expert)
+
+    def _make_room(self, layer: int) -> int | None:
+        """A slot for one more cached expert of `layer`."""
+        if self._cached[layer] < self.capacities[layer] and self._free:
+            return self._free.pop()
+        pinned = _Pinned(self._entries, layer)
+        victim = self._policies[layer].victim(pinned)
+        if victim is None:
+            return None
+        entry = self._entries[ExpertKey(layer, victim)]
+        self.drop(entry, keep_slot=True)
+        self.evictions += 1
+        return entry.slot
+
+
+class _Pinned(Generic[T]):
+    """`expert in pinned`: it must stay, because a lease holds it or a read still writes to its slot."""
+
+    def __init__(self, entries: dict[ExpertKey, Entry[T]], layer: int) -> None:
+        self._entries = entries
+        self._layer = layer
+
+    def __contains__(self, expert: object) -> bool:
+        assert isinstance(expert, int)
+        entry = self._entries[ExpertKey(self._layer, expert)]
+        return entry.pins > 0 or (entry.transfer is not None and not entry.transfer.finished)

@@ -1,0 +1,74 @@
+"""`fate bench`: speed on a fixed text, systems interleaved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fate.cli import options
+from fate.cli.output import err, out, print_json
+from fate.errors import UsageError
+from fate.memory import format_bytes
+
+
+def register(app: typer.Typer) -> None:
+    app.command("bench", epilog="Example: fate bench qwen.fate --text story.txt --memory 4GiB --json")(bench)
+
+
+def bench(
+    model: options.Model,
+    text: Annotated[Path, typer.Option(help="The text whose tokens are fed (UTF-8).")],
+    systems: Annotated[str, typer.Option(help="Names, separated by commas.")] = "load-on-demand,cross-layer",
+    memory: options.Memory = None,
+    experts: options.Experts = None,
+    max_context: options.MaxContext = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    json: options.Json = False,
+) -> None:
+    """Prefill and decode speed of MODEL on a given text: A B A B, median and spread, with the disk's limit beside."""
+    from fate.bench.fixed_text import Workload, measure
+    from fate.diagnosis import disk_read_gb_per_s
+    from fate.evaluate import read_text
+    from fate.loading import ensure_store
+    from fate.systems import resolve_system
+
+    names = [resolve_system(name.strip()).name for name in systems.split(",") if name.strip()]
+    if not names:
+        raise UsageError("no system was named: give --systems load-on-demand,cross-layer")
+    workload = Workload(read_text(text), prompt_tokens, new_tokens, repeats)
+    store = ensure_store(model)
+    with err.status("measuring the disk") as status:
+        _, disk = disk_read_gb_per_s(store.parent)
+        result = measure(store, names, workload, status.update, memory=memory, experts=experts, max_context=max_context)
+    result["disk_read_gb_per_s"] = disk
+    out.print(_table(result))
+    out.print(
+        f"disk reads {disk:.2f} GB/s here; peak resident {format_bytes(result['peak_resident_bytes'])}", style="dim"
+    )
+    if json:
+        print_json(result)
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("system", "slots", "prefill tok/s", "decode tok/s", "range", "hits", "read/token", "link", "stall"):
+        table.add_column(name, justify="left" if name == "system" else "right")
+    for name, row in result["systems"].items():
+        low, high = row["decode_tokens_per_s_range"]
+        table.add_row(
+            name,
+            f"{row['slots']}/{row['experts']}",
+            f"{row['prefill_tokens_per_s']:.1f}",
+            f"{row['decode_tokens_per_s']:.2f}",
+            f"{low:.2f} - {high:.2f}",
+            f"{row['hit_rate']:.1%}",
+            format_bytes(row["bytes_per_token"]),
+            f"{row['link_bytes_per_s'] / 1e9:.2f} GB/s",
+            f"{row['stall_share']:.1%}",
+        )
+    return table

@@ -1,0 +1,37 @@
+"""`fate convert`: a checkpoint becomes a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fate.cli.output import byte_progress, err, out
+from fate.memory import format_bytes
+
+
+def register(app: typer.Typer) -> None:
+    app.command("convert", epilog="Example: fate convert assets/mini-moe mini-moe.fate --dense-bits 8")(convert)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint directory or a hub id.")],
+    output: Annotated[Path | None, typer.Argument(metavar="OUT", help="The store. Default: SRC's name + .fate")] = None,
+    expert_bits: Annotated[int, typer.Option(help="4 (nested INT4/INT2), 16 or 32 (raw).")] = 4,
+    dense_bits: Annotated[int, typer.Option(help="4, 8 or 16.")] = 8,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Convert a Hugging Face MoE checkpoint into a store, one expert at a time; safe to stop and resume."""
+    from fate.convert import convert as convert_checkpoint
+    from fate.store.checkpoint import resolve_source
+
+    path = resolve_source(source)
+    target = output or Path(f"{path.name}.fate")
+    with byte_progress() as bar:
+        store = convert_checkpoint(
+            path, target, expert_bits=expert_bits, dense_bits=dense_bits, force=force, progress=bar
+        )
+    size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+    err.print(f"{store}: {format_bytes(size)}; try it with", highlight=False)
+    out.print(f'fate run {store} "Once upon a time"', highlight=False)

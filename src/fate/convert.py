@@ -1,0 +1,325 @@
+"""From a Hugging Face checkpoint to a store on disk: streaming, resumable, in memory that does not grow with the model.
+
+What is made of which tensors is planned first, on the meta device, so that a checkpoint that cannot be converted is
+refused before a byte is written. Then one expert, or a few rows of a dense matrix, is in memory at a time.
+
+>>> convert("Qwen/Qwen1.5-MoE-A2.7B-Chat", Path("qwen-moe"), expert_bits=4, dense_bits=8)
+PosixPath('qwen-moe')
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from fate.errors import CheckpointError, OutputExistsError, UnsupportedModelError, UsageError
+from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
+from fate.models.mapping import ExpertSource, Recipe, Source, plan_recipes
+from fate.models.packable import Kind, packable, packed_ties
+from fate.quant.nested import encode_record
+from fate.store.checkpoint import Checkpoint, read_checkpoint_config, resolve_source
+from fate.store.format import (
+    CONSTANTS_BYTES,
+    FORMAT_VERSION,
+    GROUP,
+    LayerSpec,
+    MatrixSpec,
+    RecordLayout,
+    StoreHeader,
+    padded_cols,
+)
+from fate.store.reader import DENSE_FILE, PACKED_FILE
+from fate.store.tensorfile import TensorEntry, TensorFileLayout
+from fate.store.writer import StorePlan, StoreWriter
+
+EXPERT_BITS = (4, 16, 32)
+DENSE_BITS = (4, 8, 16)
+Progress = Callable[[int, int, str], None]
+
+_SLICE_BYTES = 32 * 1024**2  # of float32 rows of a dense matrix in memory at a time
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
+_RAW_CODECS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def convert(
+    src: str | Path,
+    out: Path,
+    expert_bits: int = 4,
+    dense_bits: int = 8,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the checkpoint `src` (a directory or hub id) as a store at `out`, and return `out`.
+
+    expert_bits: 4 (nested INT4/INT2), 16 (bf16 or fp16 as they are) or 32. dense_bits: 4, 8, or 16 to pack nothing.
+    progress: called with (bytes written, bytes in all, what was written last). Stopping at any moment, by `kill -9`
+    too, leaves `OUT.partial`, which the same call resumes.
+
+    Raises UsageError, ModelNotFoundError, NotMoEError, UnsupportedModelError, OutputExistsError, CheckpointError or
+    DiskFullError.
+    """
+    if expert_bits not in EXPERT_BITS or dense_bits not in DENSE_BITS:
+        raise UsageError(
+            f"expert_bits={expert_bits}, dense_bits={dense_bits}: choose expert_bits from {EXPERT_BITS} and dense_bits "
+            f"from {DENSE_BITS}"
+        )
+    out = Path(out)
+    if out.exists() and not force:
+        raise OutputExistsError(out)
+    path = resolve_source(src)
+    _refuse_quantized(path)
+    with Checkpoint(path) as checkpoint:
+        conversion = _Conversion(checkpoint, expert_bits, dense_bits)
+        with StoreWriter(out, conversion.plan, force=force) as writer:
+            conversion.run(writer, progress or (lambda done, total, what: None))
+            return writer.finalize()
+
+
+@dataclass(frozen=True)
+class StoreIdentity:
+    """What a store's parts have in common: the experts' codec, the dense bits, and the source they came from."""
+
+    codec: str
+    dense_bits: int
+    fingerprint: str
+
+
+class _Conversion:
+    """The plan of one conversion, and its execution item by item."""
+
+    def __init__(self, checkpoint: Checkpoint, expert_bits: int, dense_bits: int) -> None:
+        self._checkpoint = checkpoint
+        self._model = build_meta_model(read_config(checkpoint))
+        self._layers = find_moe_layers(self._model)
+        self._stacked = {f"{layer.name}.{matrix.name}" for layer in self._layers for matrix in layer.matrices}
+        self._recipes = plan_recipes(self._model, self._stacked, checkpoint)
+        self._experts = [self._expert_matrices(layer) for layer in self._layers]
+        self._made: tuple[Source | None, dict[str, torch.Tensor]] = (None, {})
+        identity = StoreIdentity(
+            self._expert_codec(expert_bits), dense_bits, _fingerprint(checkpoint, expert_bits, dense_bits)
+        )
+        tensors = [
+            TensorEntry(name, recipe.dtype, recipe.shape)
+            for name, recipe in self._recipes.items()
+            if name not in self._stacked
+        ]
+        files = copied_files(checkpoint.path)
+        self.plan = build_plan(self._model, self._layers, tensors, identity, files, self._store_config())
+
+    def run(self, writer: StoreWriter, progress: Progress) -> None:
+        """Write every item that `writer` does not have yet."""
+        done, total = 0, self.plan.item_bytes
+        for layer in self._layers:
+            layout = self.plan.header.layout(layer.index)
+            for expert in range(layer.num_experts):
+                if not writer.has_record(layer.index, expert):
+                    matrices = {name: make(expert) for name, make in self._experts[layer.index].items()}
+                    with _damage(f"{layer.name} expert {expert}"):
+                        record = encode_record(matrices, layout)
+                    writer.write_record(layer.index, expert, record)
+                done += layout.record_bytes
+                progress(done, total, f"layer {layer.index} expert {expert}")
+        for file, tensors in self.plan.tensor_files.items():
+            for entry in tensors.entries:
+                if not writer.has_tensor(file, entry.key):
+                    with _damage(entry.key):
+                        writer.write_tensor(file, entry.key, self._parts(file, entry.key))
+                done += entry.nbytes
+                progress(done, total, entry.key)
+
+    def _expert_matrices(self, layer: MoELayer) -> dict[str, Callable[[int], torch.Tensor]]:
+        """Matrix name -> a function from expert to its matrix in canonical orientation, [rows, cols]."""
+        makers: dict[str, Callable[[int], torch.Tensor]] = {}
+        for matrix in layer.matrices:
+            source = ExpertSource(self._recipes[f"{layer.name}.{matrix.name}"], self._checkpoint, self._model)
+            makers[matrix.name] = partial(source.make, transpose=bool(layer.experts.is_transposed))
+        return makers
+
+    def _parts(self, file: str, key: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(byte offset, piece) pairs of one tensor of a tensor file."""
+        recipe = self._recipes[key]
+        if file == PACKED_FILE:
+            return _packed_parts(lambda: self._row_slices(recipe), self.plan.packed[key])
+        row_bytes = self.plan.tensor_files[file].row_bytes(key)
+        return ((start * row_bytes, rows) for start, rows in self._row_slices(recipe))
+
+    def _row_slices(self, recipe: Recipe) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows) that cover the parameter; tensors that need no converter are read slice by slice."""
+        if recipe.source.converter or not recipe.shape:
+            whole = self._make(recipe)[recipe.made]
+            yield from ((0, whole),) if not recipe.shape else _sliced(recipe.shape, lambda a, b: whole[a:b])
+        else:
+            key = recipe.source.only_key
+            yield from _sliced(recipe.shape, lambda a, b: self._checkpoint.read_rows(key, a, b).to(recipe.dtype))
+
+    def _make(self, recipe: Recipe) -> dict[str, torch.Tensor]:
+        """All that the recipe's source makes; kept until another is asked for, as one may make several neighbours."""
+        source = recipe.source
+        if self._made[0] is not source:
+            self._made = (None, {})
+            self._made = (source, source.make(lambda key: self._checkpoint.read(key).to(recipe.dtype), self._model))
+        return self._made[1]
+
+    def _expert_codec(self, expert_bits: int) -> str:
+        if expert_bits != 16:
+            return {4: "int4", 32: "fp32"}[expert_bits]
+        dtypes = {self._recipes[name].dtype for name in self._stacked}
+        if len(dtypes) == 1 and (codec := _RAW_CODECS.get(next(iter(dtypes)))):
+            return codec
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UsageError(f"expert_bits=16 keeps bfloat16 or float16 experts as they are, not {names}: choose 4 or 32")
+
+    def _store_config(self) -> dict[str, Any]:
+        """The checkpoint's config.json, made to say what from_pretrained would otherwise find out from the weights."""
+        dropped = ("auto_map", "transformers_weights")
+        config = {key: value for key, value in self._checkpoint.config.items() if key not in dropped}
+        if config.get("dtype", config.get("torch_dtype")) is None:
+            config["dtype"] = str(self._model.dtype).removeprefix("torch.")
+        if getattr(self._model.config, "tie_word_embeddings", False) and not self._model.all_tied_weights_keys:
+            config["tie_word_embeddings"] = False  # the checkpoint holds two different matrices
+        return config
+
+
+def build_plan(
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    tensors: list[TensorEntry],
+    identity: StoreIdentity,
+    small_files: dict[str, bytes],
+    config: dict[str, Any],
+) -> StorePlan:
+    """The plan of a store of `model`. tensors: every parameter and persistent buffer but the stacked experts'."""
+    kinds = packable(model, layers) if identity.dense_bits < 16 else {}
+    codec = f"int{identity.dense_bits}"
+    shapes = {entry.key: entry.shape for entry in tensors}
+    packed = {f"{name}.weight": packed_layout(codec, *shapes[f"{name}.weight"]) for name in kinds}
+    metadata = {"format": "pt", "fingerprint": identity.fingerprint}
+    dense = tuple(entry for entry in tensors if entry.key not in packed)
+    tensor_files = {DENSE_FILE: TensorFileLayout(dense, metadata)}
+    if packed:
+        entries = tuple(TensorEntry(key, torch.uint8, (layout.record_bytes,)) for key, layout in packed.items())
+        tensor_files[PACKED_FILE] = TensorFileLayout(entries, metadata)
+    config["quantization_config"] = {
+        "quant_method": "fate",
+        "format_version": FORMAT_VERSION,
+        "codec": identity.codec,
+        "dense_bits": identity.dense_bits,
+        "fingerprint": identity.fingerprint,
+        "packed": {name: _packed_entry(kind, packed[f"{name}.weight"]) for name, kind in kinds.items()},
+        "tied": packed_ties(model, kinds),
+    }
+    specs = tuple(LayerSpec(layer.name, layer.num_experts, layer.matrices) for layer in layers)
+    header = StoreHeader(identity.codec, identity.fingerprint, model.config.model_type, specs)
+    content = json.dumps(config, indent=2).encode() + b"\n"
+    return StorePlan(header, tensor_files, packed, {**small_files, "config.json": content})
+
+
+def packed_layout(codec: str, rows: int, cols: int) -> RecordLayout:
+    """How a packed dense matrix [rows, cols] is stored."""
+    return RecordLayout(codec, (MatrixSpec("weight", rows, cols),), page_aligned=False)
+
+
+def _packed_entry(kind: Kind, layout: RecordLayout) -> dict[str, Any]:
+    matrix = layout.matrices[0]
+    return {"kind": kind, "rows": matrix.rows, "cols": matrix.cols, "codec": layout.codec}
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The checkpoint's config with its dtype settled as `from_pretrained` does: the config's, else the weights'."""
+    raw = checkpoint.config
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        model_type, reason = raw.get("model_type"), str(error).strip().splitlines()[-1].strip()
+        if model_type in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{checkpoint.path}/config.json is not a valid config of model type {model_type!r} ({reason}): "
+                "download it again"
+            ) from error
+        raise UnsupportedModelError(
+            f"{checkpoint.path} has model type {model_type!r}, which the installed transformers does not know: use a "
+            "model that it supports without remote code"
+        ) from error
+    text = config.get_text_config()
+    dtype = text.dtype or config.dtype or _first_float_dtype(checkpoint)
+    config.dtype = text.dtype = dtype
+    return config
+
+
+def _refuse_quantized(path: Path) -> None:
+    config = read_checkpoint_config(path)
+    quantized = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown")
+        fix = "it is a store already" if method == "fate" else "convert the unquantized checkpoint it was made from"
+        raise UnsupportedModelError(f"{path} is quantized (quant_method {method!r}): {fix}")
+
+
+def copied_files(path: Path) -> dict[str, bytes]:
+    """The tokenizer's, generation's and licence files of a checkpoint: relative name -> content."""
+    files = {file for pattern in _COPIED for file in path.glob(pattern) if file.is_file()}
+    names = sorted(file.relative_to(path).as_posix() for file in files)
+    return {name: (path / name).read_bytes() for name in names if not name.endswith(".index.json")}
+
+
+def _fingerprint(checkpoint: Checkpoint, expert_bits: int, dense_bits: int) -> str:
+    """Identifies the source and everything that decides the store's bytes."""
+    parts = [checkpoint.fingerprint(), FORMAT_VERSION, expert_bits, dense_bits]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _first_float_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    dtypes = (checkpoint.dtype(key) for key in sorted(checkpoint.keys()))
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+@contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """Weights that are no numbers cannot be quantized; say whose they are."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{what}: {error}; download the checkpoint again") from error
+
+
+def _sliced(shape: tuple[int, ...], read: Callable[[int, int], torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    step = max(1, _SLICE_BYTES // (4 * max(1, math.prod(shape[1:]))))
+    for start in range(0, shape[0], step):
+        yield start, read(start, min(start + step, shape[0]))
+
+
+def _packed_parts(
+    slices: Callable[[], Iterator[tuple[int, torch.Tensor]]], layout: RecordLayout
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(byte offset in the packed matrix, piece): rows are quantized slice by slice, each section spliced in place.
+
+    Rows depend on each other only through the matrix's gain. A row of the largest weight, added to every slice and
+    dropped again, gives all slices that gain; so the codes are those of the matrix quantized whole.
+    """
+    matrix, whole = layout.matrices[0], layout.sections[0]
+    largest = max(float(rows.abs().max()) for _, rows in slices())
+    codes = padded_cols(matrix.cols) // (4 if layout.codec == "int4" else 1)  # bytes of one row of a plane
+    affine = padded_cols(matrix.cols) // GROUP * 4
+    for start, rows in slices():
+        spare = 1 if len(rows) < matrix.rows else 0
+        if spare:
+            rows = torch.cat((rows, rows.new_full((1, matrix.cols), largest)))
+        sliced = packed_layout(layout.codec, len(rows), matrix.cols)
+        record, part, count = encode_record({matrix.name: rows}, sliced), sliced.sections[0], len(rows) - spare
+        if start == 0:
+            yield 0, record[:CONSTANTS_BYTES]
+        yield whole.high + start * codes, record[part.high : part.high + count * codes]
+        yield whole.affine + start * affine, record[part.affine : part.affine + count * affine]
+        if whole.low is not None and part.low is not None:
+            yield whole.low + start * codes, record[part.low : part.low + count * codes]

@@ -1,0 +1,147 @@
+"""Value types every other module speaks in. Standard library only; nothing here does any work.
+
+>>> Routing(layer=3, tokens_per_expert={7: 2, 1: 1}).experts
+(7, 1)
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class ExpertKey(NamedTuple):
+    """One expert of one Mixture-of-Experts layer (`layer` counts MoE layers, in execution order, from 0)."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} expert {self.expert}"
+
+
+class Precision(enum.IntEnum):
+    """How deep a record is read. Larger values hold everything smaller ones do.
+
+    INT2 is a prefix of the INT4 record; FULL is the whole record whatever its codec (for a nested record, INT4).
+    """
+
+    INT2 = 2
+    FULL = 16
+
+
+class Tier(enum.Enum):
+    """Where expert bytes can live, fastest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided for one layer in one step.
+
+    tokens_per_expert: expert id -> number of tokens routed to it with non-zero weight, most popular first.
+    """
+
+    layer: int
+    tokens_per_expert: dict[int, int]
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        return tuple(self.tokens_per_expert)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Experts a predictor expects `layer` to need, most confident first, with the confidence of each in [0, 1]."""
+
+    layer: int
+    ranked: tuple[tuple[int, float], ...]
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        return tuple(expert for expert, _ in self.ranked)
+
+
+@dataclass
+class StepStats:
+    """Counters of one or more forward passes. Times in seconds, sizes in bytes.
+
+    accesses = hits + misses; a hit is an expert resident (at the precision wanted) when its layer acquired it,
+    cached or prefetched. Of the `uncached` experts (needed, and not in the layer's cache), `covered` were named by
+    the predictor before routing was known, `prefetch_hits` had arrived and `late_prefetches` were on their way.
+    `prefetch_used_bytes` of `prefetch_bytes` were acquired by the layer they were read for.
+    """
+
+    tokens: int = 0
+    forwards: int = 0
+    accesses: int = 0
+    hits: int = 0
+    uncached: int = 0
+    covered: int = 0
+    prefetch_hits: int = 0
+    late_prefetches: int = 0
+    evictions: int = 0
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    prefetch_used_bytes: int = 0
+    stall_s: float = 0.0
+    expert_compute_s: float = 0.0
+    total_s: float = 0.0
+
+    @property
+    def misses(self) -> int:
+        return self.accesses - self.hits
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.accesses if self.accesses else 0.0
+
+    @property
+    def coverage(self) -> float:
+        return self.covered / self.uncached if self.uncached else 0.0
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.demand_bytes + self.prefetch_bytes
+
+    @property
+    def wasted_bytes(self) -> int:
+        return self.prefetch_bytes - self.prefetch_used_bytes
+
+    @property
+    def stall_share(self) -> float:
+        return self.stall_s / self.total_s if self.total_s else 0.0
+
+    def __add__(self, other: StepStats) -> StepStats:
+        return StepStats(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+
+    def __sub__(self, other: StepStats) -> StepStats:
+        return StepStats(**{name: getattr(self, name) - getattr(other, name) for name in self.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a memory plan covers; anything beyond it is refused with a typed error before it allocates.
+
+    max_context: prompt plus generated tokens of one sequence. max_batch: sequences in one forward.
+    prefill_chunk: tokens of one sequence in one forward (never depends on the budget: GEMM rows would differ).
+    logit_rows: rows of logits one forward may produce.
+    """
+
+    max_context: int
+    max_batch: int = 1
+    prefill_chunk: int = 512
+    logit_rows: int = 512
+
+    @property
+    def max_rows_per_forward(self) -> int:
+        """Tokens of one sequence in one forward that returns a row of logits for each."""
+        return min(self.prefill_chunk, self.logit_rows)
+
+    @property
+    def max_tokens_per_forward(self) -> int:
+        return self.max_batch * min(self.prefill_chunk, self.max_context)

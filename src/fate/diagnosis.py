@@ -1,0 +1,95 @@
+"""Facts about this machine: versions, kernels, and the limits that speed is measured against."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import tempfile
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fate import kernels
+from fate.errors import UsageError
+from fate.memory import MIB, available_bytes, cgroup_limit_bytes, format_bytes
+
+_PACKAGES = ("fate-moe", "torch", "transformers", "safetensors", "huggingface_hub", "hqq")
+_FUSED = "SwiGLU; other activations run through the module's own _apply_gate around packed linears"
+
+
+def diagnose(path: Path) -> dict[str, Any]:
+    """Measurements take about two seconds and 256 MiB of memory and of disk at `path`."""
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory: give one on the disk to measure")
+    active = kernels.active()
+    direct, disk = disk_read_gb_per_s(path)
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "memory_available": format_bytes(available_bytes()),
+        "memory_cgroup_limit": format_bytes(limit) if (limit := cgroup_limit_bytes()) else "none",
+        "memory_read_gb_per_s": _memory_read_gb_per_s(),
+        "disk_read_gb_per_s": disk,
+        "o_direct": "yes" if direct else "no: reads go through the page cache",
+        "kernels": f"{active.name} ({active.detail})" if active.detail else active.name,
+        "fused_experts": _FUSED,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _memory_read_gb_per_s(size: int = 256 * MIB, repeats: int = 5) -> float:
+    """Best of a few sums over memory far larger than the caches, all threads."""
+    data = torch.ones(size // 8, dtype=torch.int64)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return size / best / 1e9
+
+
+def disk_read_gb_per_s(path: Path, size: int = 256 * MIB, read_bytes: int = 4 * MIB) -> tuple[bool, float]:
+    """(O_DIRECT works, best of two passes with two readers) over a temporary file at `path`."""
+    with tempfile.NamedTemporaryFile(dir=path, prefix=".fate-doctor-") as file:
+        block = os.urandom(read_bytes)
+        for _ in range(size // read_bytes):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        direct = True
+        try:
+            fd = os.open(file.name, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        except OSError:
+            direct, fd = False, os.open(file.name, os.O_RDONLY)
+        try:
+            best = max(_read_all(fd, size, read_bytes) for _ in range(2))
+        finally:
+            os.close(fd)
+    return direct, best
+
+
+def _read_all(fd: int, size: int, read_bytes: int) -> float:
+    def reader(first: int) -> None:
+        with mmap.mmap(-1, read_bytes) as buffer:
+            for at in range(first * read_bytes, size, 2 * read_bytes):
+                os.preadv(fd, [buffer], at)
+
+    threads = [threading.Thread(target=reader, args=(i,)) for i in range(2)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return size / (time.perf_counter() - start) / 1e9

@@ -1,0 +1,105 @@
+"""One typed error per way a user can be wrong or a machine can fail.
+
+Every message is one line that names the value, what is allowed and the fix. `exit_code` is what the command line
+returns: 2 for a wrong request, 1 for a failure while carrying out a right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class FateError(Exception):
+    """Base of all errors this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(FateError):
+    """The request itself cannot be carried out."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError):
+    def __init__(self, kind: str, name: str, allowed: Iterable[str]) -> None:
+        super().__init__(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(allowed))}")
+
+
+class MemorySizeError(UsageError):
+    """A memory size that cannot be read, or is not positive."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__(f"memory size {value!r} is not valid: write a positive size such as 6GiB, 900MB or 4096MiB")
+
+
+class BudgetTooSmallError(UsageError):
+    """`smallest_bytes` is the smallest budget that fits this model and envelope."""
+
+    def __init__(self, budget_bytes: int, smallest_bytes: int, detail: str) -> None:
+        from fate.memory import format_bytes, format_memory_argument
+
+        self.smallest_bytes = smallest_bytes
+        super().__init__(
+            f"a budget of {format_bytes(budget_bytes)} is too small ({detail}): the smallest that works is "
+            f"{format_memory_argument(smallest_bytes)} for this context and batch"
+        )
+
+
+class EnvelopeError(UsageError):
+    """A prompt, batch or generation beyond what the memory plan covers."""
+
+
+class EmptyPromptError(UsageError):
+    def __init__(self) -> None:
+        super().__init__("the prompt is empty: give at least one token of text")
+
+
+class ModelNotFoundError(UsageError):
+    """Neither a directory nor a reachable hub id."""
+
+
+class NotMoEError(UsageError):
+    """The model has no experts for Fate to hold."""
+
+
+class UnsupportedModelError(UsageError):
+    """An architecture outside the contract; the message says which part it breaks."""
+
+
+class OutputExistsError(UsageError):
+    def __init__(self, path: object) -> None:
+        super().__init__(f"{path} exists already: choose another OUT or pass --force to replace it")
+
+
+class CheckpointError(FateError):
+    """A source checkpoint with a missing or truncated shard, or missing tensors."""
+
+
+class StoreError(FateError):
+    """A store that cannot be used: cut short, damaged, of another version or of another model."""
+
+
+class StoreVersionError(StoreError):
+    pass
+
+
+class ChecksumError(StoreError):
+    pass
+
+
+class StoreMismatchError(StoreError):
+    pass
+
+
+class DiskFullError(FateError):
+    pass
+
+
+class TransferError(FateError):
+    """A read of expert bytes failed; the original error is its `__cause__`."""
+
+
+class ClosedError(UsageError):
+    def __init__(self) -> None:
+        super().__init__("this model was closed: load it again with fate.load")

@@ -1,0 +1,80 @@
+"""Perplexity of a loaded model on text, within its memory plan."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from fate.errors import EmptyPromptError, UsageError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """nats_per_token: mean negative log-likelihood over `tokens` predicted tokens."""
+
+    nats_per_token: float
+    tokens: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats_per_token)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def read_text(file: Path) -> str:
+    """The file's text; raises UsageError if it is missing or not UTF-8, EmptyPromptError if there is none."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error.strerror}): give a text file") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file} is not UTF-8 text: give a text file") from None
+    if not text.strip():
+        raise EmptyPromptError()
+    return text
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    *,
+    window: int,
+    chunk: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of token ids [tokens] in windows of `window` tokens that do not overlap; the first token of a window
+    is given, the others are predicted. `chunk` tokens go through the model at a time (1: as decoding does)."""
+    if len(ids) < 2:
+        raise UsageError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
+    start, total, count = time.perf_counter(), 0.0, 0
+    for first in range(0, len(ids) - 1, window):
+        piece = ids[first : first + window]
+        if len(piece) < 2:
+            break
+        total += _window_nats(model, piece, chunk)
+        count += len(piece) - 1
+        if progress is not None:
+            progress(first + len(piece), len(ids))
+    return Evaluation(total / count, count, time.perf_counter() - start)
+
+
+def _window_nats(model: PreTrainedModel, ids: torch.Tensor, chunk: int) -> float:
+    cache = DynamicCache(config=model.config)
+    total = 0.0
+    for at in range(0, len(ids) - 1, chunk):
+        given = ids[at : min(at + chunk, len(ids) - 1)]
+        logits = model(given[None], past_key_values=cache, use_cache=True).logits[0].float()
+        targets = ids[at + 1 : at + 1 + len(given)]
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    return total

@@ -1,0 +1,97 @@
+#include "activations.h"
+
+#include <cstring>
+
+namespace fate {
+
+namespace {
+
+constexpr float kSmallest = 1e-30f;  // below it 127 / absmax would overflow; such a group counts as zero
+
+// Bit patterns of |value| order like the values, with inf and then NaN on top: a bad input shows in the scale.
+inline float absmax(const float* values) {
+    uint32_t most = 0;
+    for (int i = 0; i < kGroup; ++i) {
+        const uint32_t bits = std::bit_cast<uint32_t>(values[i]) & 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    return std::bit_cast<float>(most);
+}
+
+inline void quantize_group(const float* values, int8_t* codes, float* scale, float* sum) {
+    const float most = absmax(values);
+    const float inverse = most < kSmallest ? 0.0f : 127.0f / most;
+    int32_t total = 0;
+    for (int i = 0; i < kGroup; ++i) {
+        const int32_t code = std::bit_cast<int32_t>(values[i] * inverse + 0x1.8p23f) - 0x4b400000;
+        codes[i] = static_cast<int8_t>(code);
+        total += static_cast<int8_t>(code);
+    }
+    *scale = most < kSmallest ? 0.0f : most / 127.0f;
+    *sum = *scale * static_cast<float>(total);
+}
+
+}  // namespace
+
+FATE_CLONES
+void quantize_row(const float* values, int cols, const TokenRows& out, int64_t token) {
+    int8_t* codes = out.codes + token * out.groups * kGroup;
+    float* scales = out.scales + token * padded_groups(out.groups);
+    float* sums = out.sums + token * padded_groups(out.groups);
+    const int whole = cols / kGroup;
+    for (int g = 0; g < whole; ++g) {
+        quantize_group(values + g * kGroup, codes + g * kGroup, scales + g, sums + g);
+    }
+    if (whole < out.groups) {
+        float last[kGroup] = {};
+        std::memcpy(last, values + whole * kGroup, (cols - whole * kGroup) * sizeof(float));
+        quantize_group(last, codes + whole * kGroup, scales + whole, sums + whole);
+    }
+    for (int g = out.groups; g < padded_groups(out.groups); ++g) scales[g] = sums[g] = 0.0f;
+}
+
+void interleave(const TokenRow* rows, int count, const TokenBlocks& out, int64_t block) {
+    int8_t* codes = out.block_codes(block);
+    float* scales = out.block_scales(block);
+    float* sums = out.block_sums(block);
+    if (count < kBlockTokens) {
+        std::memset(codes, 0, static_cast<size_t>(out.groups) * kGroup * kBlockTokens);
+        std::memset(scales, 0, static_cast<size_t>(out.groups) * kBlockTokens * sizeof(float));
+        std::memset(sums, 0, static_cast<size_t>(out.groups) * kBlockTokens * sizeof(float));
+    }
+    for (int t = 0; t < count; ++t) {
+        for (int quad = 0; quad < out.groups * (kGroup / 4); ++quad) {
+            std::memcpy(codes + (quad * kBlockTokens + t) * 4, rows[t].codes + quad * 4, 4);
+        }
+        for (int g = 0; g < out.groups; ++g) {
+            scales[g * kBlockTokens + t] = rows[t].scales[g];
+            sums[g * kBlockTokens + t] = rows[t].sums[g];
+        }
+    }
+}
+
+FATE_CLONES
+void load_floats(const void* source, DType dtype, int64_t count, float* out) {
+    const uint16_t* halves = static_cast<const uint16_t*>(source);
+    if (dtype == DType::kFloat32) {
+        std::memcpy(out, source, count * sizeof(float));
+    } else if (dtype == DType::kBFloat16) {
+        for (int64_t i = 0; i < count; ++i) out[i] = bfloat16_to_float(halves[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) out[i] = half_to_float(halves[i]);
+    }
+}
+
+FATE_CLONES
+void store_floats(const float* values, int64_t count, DType dtype, void* out) {
+    uint16_t* halves = static_cast<uint16_t*>(out);
+    if (dtype == DType::kFloat32) {
+        std::memcpy(out, values, count * sizeof(float));
+    } else if (dtype == DType::kBFloat16) {
+        for (int64_t i = 0; i < count; ++i) halves[i] = float_to_bfloat16(values[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) halves[i] = float_to_half(values[i]);
+    }
+}
+
+}  // namespace fate

@@ -1,0 +1,227 @@
+// The SwiGLU experts of one layer: a list of experts in one or few parallel regions.
+//
+// Experts are taken in passes of at most kMaxPairs pairs, which bounds the scratch; an expert with more pairs is cut.
+// A pass has up to five steps, each shared over all threads and ended by a barrier:
+//   interleave tokens (experts with many) | gate and up -> inter = silu(gate) * up | quantize inter | down -> rows
+#include <vector>
+
+#include "linear.h"
+#include "tokens.h"
+
+namespace fate {
+
+namespace {
+
+constexpr int kMaxPairs = 512;
+
+// A run of pairs of one expert within a pass. `first` and `first_block` count from the start of the pass.
+struct Segment {
+    Matrix gate_up, down;
+    int first, pairs;
+    int first_block, blocks;  // blocks: 0 in row form
+};
+
+struct Item {
+    int segment, row, count, first, n;
+};
+
+// Work items over `rows` weight rows of every segment.
+std::vector<Item> make_items(const std::vector<Segment>& segments, int rows, int threads) {
+    std::vector<Item> items;
+    const int per_item = item_rows(rows * static_cast<int>(std::min<size_t>(segments.size(), 8)), threads);
+    for (int s = 0; s < static_cast<int>(segments.size()); ++s) {
+        for (int row = 0; row < rows; row += per_item) {
+            for (int first = 0; first < segments[s].pairs; first += kTileTokens) {
+                items.push_back({s, row, std::min(per_item, rows - row), first,
+                                 std::min(kTileTokens, segments[s].pairs - first)});
+            }
+        }
+    }
+    return items;
+}
+
+FATE_CLONES
+void swiglu(const float* gate, const float* up, int count, float* out) {
+    for (int i = 0; i < count; ++i) out[i] = silu(gate[i]) * up[i];
+}
+
+// Consecutive segments of one pass, and the pair they start at.
+struct PassPlan {
+    std::vector<Segment> segments;
+    int64_t first_pair = 0;
+    int pairs = 0, blocks = 0;
+};
+
+class Pass {
+  public:
+    Pass(const ExpertsCall& call, const TokenRows& x, const PassPlan& plan, char* threads_memory,
+         int64_t bytes_per_thread, Scratch& scratch)
+        : call_(call),
+          plan_(plan),
+          pairs_(call.pairs + 2 * plan.first_pair),
+          threads_memory_(threads_memory),
+          bytes_per_thread_(bytes_per_thread),
+          hidden_(plan.segments[0].down.rows),
+          inner_(plan.segments[0].down.cols) {
+        const int hidden_groups = plan.segments[0].gate_up.groups, inner_groups = plan.segments[0].down.groups;
+        x_rows_ = scratch.take<TokenRow>(plan.pairs);
+        inter_rows_ = scratch.take<TokenRow>(plan.pairs);
+        x_blocks_ = take_blocks(scratch, plan.blocks, hidden_groups);
+        inter_blocks_ = take_blocks(scratch, plan.blocks, inner_groups);
+        inter_quantized_ = take_rows(scratch, plan.pairs, inner_groups);
+        inter_ = scratch.take<float>(static_cast<int64_t>(plan.pairs) * inner_);
+        for (int p = 0; p < plan.pairs; ++p) {
+            x_rows_[p] = x.row(pairs_[2 * p]);
+            inter_rows_[p] = inter_quantized_.row(p);
+        }
+    }
+
+    static int64_t scratch_bytes(int pairs, int blocks, int hidden_groups, int inner_groups, int inner) {
+        return 2 * Scratch::rounded(pairs * sizeof(TokenRow)) + blocks_bytes(blocks, hidden_groups) +
+               blocks_bytes(blocks, inner_groups) + rows_bytes(pairs, inner_groups) +
+               Scratch::rounded(static_cast<int64_t>(pairs) * inner * sizeof(float));
+    }
+
+    // Called by every thread of a team.
+    void run(const std::vector<Item>& up_items, const std::vector<Item>& down_items) const {
+        const int up_count = static_cast<int>(up_items.size()), down_count = static_cast<int>(down_items.size());
+        float* tile = reinterpret_cast<float*>(threads_memory_ + thread_index() * bytes_per_thread_);
+        if (plan_.blocks > 0) interleave_all(x_rows_, x_blocks_);
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < up_count; ++i) gate_up(up_items[i], tile);
+#pragma omp for schedule(static)
+        for (int p = 0; p < plan_.pairs; ++p) {
+            quantize_row(inter_ + static_cast<int64_t>(p) * inner_, inner_, inter_quantized_, p);
+        }
+        if (plan_.blocks > 0) interleave_all(inter_rows_, inter_blocks_);
+#pragma omp for schedule(dynamic, 1)
+        for (int i = 0; i < down_count; ++i) down(down_items[i], tile);
+    }
+
+  private:
+    void interleave_all(const TokenRow* rows, const TokenBlocks& blocks) const {
+        const int count = static_cast<int>(plan_.segments.size());
+#pragma omp for schedule(dynamic, 1)
+        for (int s = 0; s < count; ++s) {
+            const Segment& segment = plan_.segments[s];
+            for (int b = 0; b < segment.blocks; ++b) {
+                const int first = b * kBlockTokens;
+                interleave(rows + segment.first + first, std::min(segment.pairs - first, kBlockTokens), blocks,
+                           segment.first_block + b);
+            }
+        }
+    }
+
+    static Tokens tokens_of(const Segment& segment, const TokenRow* rows, const TokenBlocks& blocks) {
+        const int at = segment.first_block;
+        const TokenBlocks own{blocks.block_codes(at), blocks.block_scales(at), blocks.block_sums(at), blocks.groups};
+        return {segment.pairs, rows + segment.first, own, segment.blocks > 0};
+    }
+
+    void gate_up(const Item& item, float* tile) const {
+        const Segment& segment = plan_.segments[item.segment];
+        const Tokens tokens = tokens_of(segment, x_rows_, x_blocks_);
+        const TileKernels& kernels = tile_kernels();
+        float* up = tile + kTileFloats;
+        void* scratch = up + kTileFloats;
+        multiply(kernels, segment.gate_up, item.row, item.count, tokens, item.first, item.n, tile, scratch);
+        multiply(kernels, segment.gate_up, inner_ + item.row, item.count, tokens, item.first, item.n, up, scratch);
+        for (int t = 0; t < item.n; ++t) {
+            const int64_t pair = segment.first + item.first + t;
+            swiglu(tile + t * kTileRows, up + t * kTileRows, item.count, inter_ + pair * inner_ + item.row);
+        }
+    }
+
+    void down(const Item& item, float* tile) const {
+        const Segment& segment = plan_.segments[item.segment];
+        const Tokens tokens = tokens_of(segment, inter_rows_, inter_blocks_);
+        multiply(tile_kernels(), segment.down, item.row, item.count, tokens, item.first, item.n, tile,
+                 tile + 2 * kTileFloats);
+        for (int t = 0; t < item.n; ++t) {
+            const int32_t* pair = pairs_ + 2 * (segment.first + item.first + t);
+            float* row = call_.rows + (pair[0] * call_.top_k + pair[1]) * hidden_;
+            std::copy_n(tile + t * kTileRows, item.count, row + item.row);
+        }
+    }
+
+    const ExpertsCall& call_;
+    const PassPlan& plan_;
+    const int32_t* pairs_;
+    char* threads_memory_;
+    int64_t bytes_per_thread_;
+    int hidden_, inner_;
+    TokenRow *x_rows_, *inter_rows_;
+    TokenBlocks x_blocks_, inter_blocks_;
+    TokenRows inter_quantized_;
+    float* inter_;
+};
+
+// Cuts experts at kMaxPairs pairs and packs the pieces, in order, into passes.
+std::vector<PassPlan> make_passes(const ExpertsCall& call, const ExpertWork* experts, int count) {
+    const int block_min = tile_kernels().block_min_tokens;
+    std::vector<PassPlan> passes;
+    for (int e = 0; e < count; ++e) {
+        const ExpertWork& expert = experts[e];
+        const Matrix gate_up = call.record->matrix(expert.record, 0, expert.prefix_only);
+        const Matrix down = call.record->matrix(expert.record, 1, expert.prefix_only);
+        for (int64_t at = 0; at < expert.pairs; at += kMaxPairs) {
+            const int pairs = static_cast<int>(std::min<int64_t>(kMaxPairs, expert.pairs - at));
+            const int blocks = pairs >= block_min ? blocks_of(pairs) : 0;
+            if (passes.empty() || passes.back().pairs + pairs > kMaxPairs) {
+                passes.push_back({});
+                passes.back().first_pair = expert.first_pair + at;
+            }
+            PassPlan& pass = passes.back();
+            pass.segments.push_back({gate_up, down, pass.pairs, pairs, pass.blocks, blocks});
+            pass.pairs += pairs;
+            pass.blocks += blocks;
+        }
+    }
+    return passes;
+}
+
+void quantize_token(const ExpertsCall& call, int cols, int64_t token, float* floats, const TokenRows& out) {
+    const char* x = static_cast<const char*>(call.x) + token * cols * item_bytes(call.dtype);
+    load_floats(x, call.dtype, cols, floats);
+    quantize_row(floats, cols, out, token);
+}
+
+}  // namespace
+
+void experts_swiglu(const ExpertsCall& call, const ExpertWork* experts, int count) {
+    const std::vector<PassPlan> passes = make_passes(call, experts, count);
+    if (passes.empty()) return;
+    const Matrix gate_up = passes[0].segments[0].gate_up, down = passes[0].segments[0].down;
+    const int64_t per_thread = Scratch::rounded(
+        (2 * kTileFloats + round_up(gate_up.cols, kLanes)) * sizeof(float) +
+        std::max(tile_kernels().scratch_bytes(gate_up.groups), tile_kernels().scratch_bytes(down.groups)));
+    int64_t pass_bytes = 0, pairs = 0;
+    for (const PassPlan& pass : passes) {
+        pairs += pass.pairs;
+        pass_bytes = std::max(
+            pass_bytes, Pass::scratch_bytes(pass.pairs, pass.blocks, gate_up.groups, down.groups, down.cols));
+    }
+    const int64_t work = pairs * down.rows * down.cols;
+    const int threads = work < kMinParallelWork ? 1 : call.threads;
+    Scratch& scratch =
+        Scratch::reserve(rows_bytes(call.tokens, gate_up.groups) + threads * per_thread + pass_bytes);
+    const TokenRows x = take_rows(scratch, call.tokens, gate_up.groups);
+    char* threads_memory = scratch.take<char>(threads * per_thread);
+    const bool alone = threads == 1 || call.tokens <= 2;
+#pragma omp parallel for schedule(static) num_threads(threads) if (!alone)
+    for (int64_t t = 0; t < call.tokens; ++t) {
+        float* floats = reinterpret_cast<float*>(threads_memory + thread_index() * per_thread);
+        quantize_token(call, gate_up.cols, t, floats, x);
+    }
+    const int64_t mark = scratch.used();
+    for (const PassPlan& plan : passes) {
+        scratch.rewind(mark);
+        const Pass pass(call, x, plan, threads_memory, per_thread, scratch);
+        const std::vector<Item> up_items = make_items(plan.segments, down.cols, threads);
+        const std::vector<Item> down_items = make_items(plan.segments, down.rows, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        pass.run(up_items, down_items);
+    }
+}
+
+}  // namespace fate

@@ -1,0 +1,139 @@
+// Python bindings. Tensors arrive as addresses (data_ptr): fate/kernels/__init__.py has checked shapes, dtypes and
+// contiguity, and this file checks what could lead outside of them: a record's layout, ids, tokens and ranks.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "linear.h"
+#include "quantize.h"
+#include "rows.h"
+#include "tiles.h"
+
+namespace nb = nanobind;
+using namespace fate;
+
+namespace {
+
+template <typename T>
+T* pointer(uint64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+void require(bool holds, const char* message) {
+    if (!holds) throw nb::value_error(message);
+}
+
+// [at, at + size) within [0, end), for a size >= 0.
+bool within(int64_t at, int64_t size, int64_t end) { return at >= 0 && size >= 0 && size <= end && at <= end - size; }
+
+using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // rows, cols, high, affine, low
+
+Record make_record(bool int8, int64_t bytes, const std::vector<Place>& places) {
+    require(places.size() <= 8, "a record holds at most 8 matrices");
+    require(bytes >= 64, "a record starts with 64 bytes of constants");
+    Record record{int8, bytes, static_cast<int>(places.size()), {}};
+    for (size_t i = 0; i < places.size(); ++i) {
+        const auto [rows, cols, high, affine, low] = places[i];
+        require(rows > 0 && cols > 0 && rows < INT32_MAX && cols < INT32_MAX / 64, "a matrix has a bad shape");
+        const int64_t groups = (cols + kGroup - 1) / kGroup;
+        const int64_t plane = rows * groups * (int8 ? kGroup : kPlaneGroupBytes);
+        require(within(high, plane, bytes) && within(affine, rows * groups * 4, bytes) && affine % 2 == 0 &&
+                    (int8 || within(low, plane, bytes)),
+                "a section lies outside of its record");
+        record.places[i] = {high, affine, low, static_cast<int>(rows), static_cast<int>(cols)};
+    }
+    return record;
+}
+
+Matrix matrix_of(const Record& record, int index, bool prefix_only, uint64_t packed) {
+    require(index >= 0 && index < record.count, "the record has no matrix of this index");
+    return record.matrix(pointer<const uint8_t>(packed), index, prefix_only);
+}
+
+void bind_linear(const Record& record, int index, bool prefix_only, uint64_t packed, uint64_t x, int dtype,
+                 int64_t tokens, uint64_t bias, uint64_t out, int threads) {
+    const Matrix matrix = matrix_of(record, index, prefix_only, packed);
+    nb::gil_scoped_release release;
+    linear(matrix, pointer<const void>(x), static_cast<DType>(dtype), tokens, pointer<const void>(bias),
+           pointer<void>(out), threads);
+}
+
+void bind_experts_swiglu(const Record& record, uint64_t pool, int64_t pool_bytes,
+                         const std::vector<int64_t>& slot_offsets, const std::vector<int>& precisions,
+                         const std::vector<int64_t>& pair_offsets, uint64_t pairs, int64_t num_pairs, uint64_t x,
+                         int dtype, int64_t tokens, uint64_t rows, int64_t top_k, int threads) {
+    const size_t count = slot_offsets.size();
+    require(record.count == 2 && record.places[0].rows == 2 * record.places[1].cols &&
+                record.places[0].cols == record.places[1].rows,
+            "a SwiGLU expert needs matrices [2I, H] and [H, I]");
+    require(precisions.size() == count && pair_offsets.size() == count + 1,
+            "slot_offsets, precisions and pair_offsets must have E, E and E + 1 entries");
+    require(pair_offsets.front() >= 0 && pair_offsets.back() <= num_pairs, "pair_offsets reach outside of pairs");
+    const int32_t* pair = pointer<const int32_t>(pairs);
+    for (int64_t p = pair_offsets.front(); p < pair_offsets.back(); ++p) {
+        require(pair[2 * p] >= 0 && pair[2 * p] < tokens && pair[2 * p + 1] >= 0 && pair[2 * p + 1] < top_k,
+                "a (token, rank) pair lies outside of rows");
+    }
+    std::vector<ExpertWork> experts(count);
+    for (size_t e = 0; e < count; ++e) {
+        const bool prefix_only = precisions[e] == 2;
+        require(pair_offsets[e] <= pair_offsets[e + 1], "pair_offsets must not decrease");
+        require(within(slot_offsets[e], record.bytes, pool_bytes) && slot_offsets[e] % 64 == 0,
+                "a slot lies outside of the pool or is not 64-byte aligned");
+        experts[e] = {pointer<const uint8_t>(pool) + slot_offsets[e], prefix_only, pair_offsets[e],
+                      pair_offsets[e + 1] - pair_offsets[e]};
+    }
+    nb::gil_scoped_release release;
+    const ExpertsCall call{&record, pointer<const void>(x), static_cast<DType>(dtype), tokens, pair,
+                           pointer<float>(rows), top_k, threads};
+    experts_swiglu(call, experts.data(), static_cast<int>(count));
+}
+
+void bind_reduce_rows(uint64_t rows, uint64_t weights, int weights_dtype, int64_t tokens, int64_t top_k, int64_t hidden,
+                      int out_dtype, uint64_t out, int threads) {
+    nb::gil_scoped_release release;
+    reduce_rows(pointer<const float>(rows), pointer<const void>(weights), static_cast<DType>(weights_dtype), tokens,
+                top_k, hidden, static_cast<DType>(out_dtype), pointer<void>(out), threads);
+}
+
+void bind_gather_rows(const Record& record, int index, uint64_t packed, uint64_t ids, int64_t count, int dtype,
+                      uint64_t out, int threads) {
+    const Matrix matrix = matrix_of(record, index, false, packed);
+    const int64_t* id = pointer<const int64_t>(ids);
+    for (int64_t i = 0; i < count; ++i) {
+        if (id[i] < 0 || id[i] >= matrix.rows) throw nb::index_error("a row id lies outside of the matrix");
+    }
+    nb::gil_scoped_release release;
+    gather_rows(matrix, id, count, static_cast<DType>(dtype), pointer<void>(out), threads);
+}
+
+std::tuple<double, double> bind_quantize_matrix(uint64_t weights, int dtype, int64_t pitch, int rows, int cols,
+                                                float inverse_unit, int headroom,
+                                                std::tuple<int, float, float, float> settings, uint64_t high,
+                                                uint64_t affine, uint64_t low, int threads) {
+    nb::gil_scoped_release release;
+    const auto [iterations, p, beta, kappa] = settings;
+    const SlopeSums sums = quantize_matrix(
+        pointer<const void>(weights), static_cast<DType>(dtype), pitch, rows, cols, inverse_unit, headroom,
+        {iterations, p, beta, kappa}, {pointer<uint8_t>(high), pointer<uint16_t>(affine), pointer<uint8_t>(low)},
+        threads);
+    return {sums.squares, sums.products};
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    nb::class_<Record>(m, "Record").def_static("make", &make_record);
+    m.def("linear", &bind_linear);
+    m.def("experts_swiglu", &bind_experts_swiglu);
+    m.def("reduce_rows", &bind_reduce_rows);
+    m.def("gather_rows", &bind_gather_rows);
+    m.def("quantize_matrix", &bind_quantize_matrix);
+    m.def("kernel_name", [] { return std::string(tile_kernels().name); });
+    m.def("select_kernels", [](const std::string& name) { return select_tile_kernels(name.c_str()); });
+}

@@ -1,0 +1,196 @@
+#include "quantize.h"
+
+#include <cmath>
+#include <vector>
+
+#include "tokens.h"
+
+namespace fate {
+
+namespace {
+
+// One group of weights; columns beyond the matrix repeat the first, with `valid` 0.
+struct Group {
+    alignas(64) float w[kGroup];
+    alignas(64) float valid[kGroup];
+    float count;
+};
+
+struct Affine {
+    float scale, offset;
+};
+
+// Sums 64 terms in an order that does not depend on the vector width.
+inline float fold(float* lane) {
+    for (int half = kLanes / 2; half >= 1; half /= 2) {
+        for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+    }
+    return lane[0];
+}
+
+inline float least(const Group& group) {
+    float low = group.w[0];
+    for (int i = 0; i < kGroup; ++i) low = group.w[i] < low ? group.w[i] : low;
+    return low;
+}
+
+inline float most(const Group& group) {
+    float high = group.w[0];
+    for (int i = 0; i < kGroup; ++i) high = group.w[i] > high ? group.w[i] : high;
+    return high;
+}
+
+inline float round_code(float value, float levels) {
+    const float code = round_even(value);
+    return code < 0.0f ? 0.0f : code > levels ? levels : code;
+}
+
+// HQQ's proximal step sign(x) * relu(|x| - |x|^(p - 1) / beta). Weights within [-1, 1] hardly ever get here: a residual
+// below beta^(-1 / (2 - p)), 0.17 at the defaults, shrinks to zero.
+float shrink(float x, float p, float beta) {
+    const float magnitude = std::fabs(x);
+    const float left = magnitude - std::pow(magnitude, p - 1.0f) / beta;
+    return left > 0.0f ? std::copysign(left, x) : 0.0f;
+}
+
+// hqq.py's solve for one group. `zero` is relative: codes are round((w - low) / scale + zero).
+inline Affine solve_hqq(const Group& group, float levels, const QuantizeSettings& settings) {
+    const float low = least(group), spread = most(group) - low;
+    if (!(spread > 1e-30f)) return {0.0f, low};
+    const float scale = spread / levels, inverse = 1.0f / scale;
+    float scaled[kGroup];
+    for (int i = 0; i < kGroup; ++i) scaled[i] = (group.w[i] - low) * inverse;
+    const float shift = -low * inverse;
+    float zero = std::fabs(shift) < 0x1p22f ? round_even(shift) - shift : 0.0f;
+    float best_zero = zero, best_error = INFINITY, beta = settings.beta;
+    for (int iteration = 0; iteration < settings.iterations; ++iteration) {
+        float residual[kGroup], error_lane[kLanes] = {}, zero_lane[kLanes] = {}, largest = 0.0f;
+        for (int c = 0; c < kGroup; c += kLanes) {
+            for (int j = 0; j < kLanes; ++j) {
+                const float code = round_code(scaled[c + j] + zero, levels);
+                const float off = scaled[c + j] + zero - code;
+                residual[c + j] = off;
+                error_lane[j] += std::fabs(off) * group.valid[c + j];
+                zero_lane[j] += (code - scaled[c + j]) * group.valid[c + j];
+            }
+        }
+        const float error = fold(error_lane);
+        if (!(error < best_error)) break;
+        best_error = error;
+        best_zero = zero;
+        for (int i = 0; i < kGroup; ++i) largest = std::fabs(residual[i]) > largest ? std::fabs(residual[i]) : largest;
+        float total = fold(zero_lane);
+        if (std::pow(largest * scale, 2.0f - settings.p) * beta > 1.0f) {
+            for (int i = 0; i < kGroup; ++i) {
+                total += shrink(residual[i] * scale, settings.p, beta) * inverse * group.valid[i];
+            }
+        }
+        zero = total / group.count;
+        beta *= settings.kappa;
+    }
+    return {scale, low - best_zero * scale};
+}
+
+inline Affine solve_minmax(const Group& group, float levels) {
+    const float low = least(group), spread = most(group) - low;
+    if (!(spread > 1e-30f)) return {0.0f, low};
+    return {spread / levels, low};
+}
+
+// A chunk of `groups` groups of codes -> the two plane chunks (see layout.h).
+inline void pack_chunk(const uint8_t* codes, int groups, uint8_t* high, uint8_t* low) {
+    const int part = groups * kPlaneGroupBytes;
+    for (int j = 0; j < part; ++j) {
+        const unsigned a = codes[j], b = codes[part + j], c = codes[2 * part + j], d = codes[3 * part + j];
+        high[j] = static_cast<uint8_t>(a >> 2 | (b >> 2) << 2 | (c >> 2) << 4 | (d >> 2) << 6);
+        low[j] = static_cast<uint8_t>((a & 3) | (b & 3) << 2 | (c & 3) << 4 | (d & 3) << 6);
+    }
+}
+
+inline void pack_row(const uint8_t* codes, int groups, uint8_t* high, uint8_t* low) {
+    int at = 0;
+    for (int size = 4; size >= 1; size /= 2) {
+        for (; groups - at >= size; at += size) {
+            pack_chunk(codes + at * kGroup, size, high + at * kPlaneGroupBytes, low + at * kPlaneGroupBytes);
+        }
+    }
+}
+
+inline void load_group(const float* row, int at, int cols, Group& group) {
+    const int count = cols - at < kGroup ? cols - at : kGroup;
+    for (int i = 0; i < kGroup; ++i) {
+        group.w[i] = row[at + (i < count ? i : 0)];
+        group.valid[i] = i < count ? 1.0f : 0.0f;
+    }
+    group.count = static_cast<float>(count);
+}
+
+}  // namespace
+
+// One row of weights within [-1, 1] -> codes [groups * 64] and affine [2, groups]; adds to the slope's sums.
+FATE_CLONES
+void quantize_row_codes(const float* row, int cols, bool eight_bits, float headroom, const QuantizeSettings& settings,
+                        uint8_t* codes, uint16_t* affine, SlopeSums* sums) {
+    const int groups = (cols + kGroup - 1) / kGroup;
+    const float levels = eight_bits ? 255.0f : 15.0f;
+    for (int g = 0; g < groups; ++g) {
+        Group group;
+        load_group(row, g * kGroup, cols, group);
+        const Affine exact = eight_bits ? solve_minmax(group, levels) : solve_hqq(group, levels, settings);
+        affine[g] = float_to_half(exact.scale * headroom);
+        affine[groups + g] = float_to_half(exact.offset * headroom);
+        const float scale = half_to_float(affine[g]) / headroom, offset = half_to_float(affine[groups + g]) / headroom;
+        const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        float square_lane[kLanes] = {}, product_lane[kLanes] = {};
+        for (int c = 0; c < kGroup; c += kLanes) {
+            for (int j = 0; j < kLanes; ++j) {
+                const float w = group.w[c + j] * group.valid[c + j];
+                const float code = round_code((group.w[c + j] - offset) * inverse, levels) * group.valid[c + j];
+                codes[g * kGroup + c + j] = static_cast<uint8_t>(static_cast<int>(code));
+                const float coarse = scale * static_cast<float>((static_cast<int>(code) & ~3)) + scale * 1.5f + offset;
+                square_lane[j] += w * w;
+                product_lane[j] += w * coarse;
+            }
+        }
+        sums->squares += fold(square_lane);
+        sums->products += fold(product_lane);
+    }
+}
+
+FATE_CLONES
+static void scale_row(float* row, int cols, float factor) {
+    for (int i = 0; i < cols; ++i) row[i] *= factor;
+}
+
+SlopeSums quantize_matrix(const void* weights, DType dtype, int64_t pitch, int rows, int cols, float inverse_unit,
+                          int headroom, const QuantizeSettings& settings, const PackedSections& out, int threads) {
+    const int groups = (cols + kGroup - 1) / kGroup;
+    const int team = static_cast<int64_t>(rows) * cols < kMinParallelWork ? 1 : threads;
+    std::vector<float> floats(static_cast<size_t>(team) * cols);
+    std::vector<uint8_t> codes(static_cast<size_t>(team) * groups * kGroup);
+    std::vector<SlopeSums> row_sums(rows, SlopeSums{0.0, 0.0});
+    const float factor = std::ldexp(1.0f, headroom);
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        float* row = floats.data() + static_cast<int64_t>(thread_index()) * cols;
+        uint8_t* own_codes = codes.data() + static_cast<int64_t>(thread_index()) * groups * kGroup;
+#pragma omp for schedule(dynamic, 16)
+        for (int r = 0; r < rows; ++r) {
+            load_floats(static_cast<const char*>(weights) + r * pitch * item_bytes(dtype), dtype, cols, row);
+            scale_row(row, cols, inverse_unit);
+            const int64_t width = static_cast<int64_t>(groups) * (out.low == nullptr ? kGroup : kPlaneGroupBytes);
+            uint8_t* into = out.low == nullptr ? out.high + r * width : own_codes;
+            quantize_row_codes(row, cols, out.low == nullptr, factor, settings, into,
+                               out.affine + static_cast<int64_t>(r) * 2 * groups, &row_sums[r]);
+            if (out.low != nullptr) pack_row(own_codes, groups, out.high + r * width, out.low + r * width);
+        }
+    }
+    SlopeSums total{0.0, 0.0};
+    for (const SlopeSums& sums : row_sums) {
+        total.squares += sums.squares;
+        total.products += sums.products;
+    }
+    return total;
+}
+
+}  // namespace fate

@@ -1,0 +1,77 @@
+#include "rows.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "tokens.h"
+
+namespace fate {
+
+namespace {
+
+constexpr int64_t kPiece = 1024;  // columns summed at a time, on the stack
+constexpr int64_t kMinParallelFloats = 1 << 15;
+
+void dequantize_row(const Matrix& matrix, int64_t row, float* out) {
+    const uint8_t* high = matrix.high_row(static_cast<int>(row));
+    const uint8_t* low = matrix.mode == Mode::kInt4 ? matrix.low_row(static_cast<int>(row)) : nullptr;
+    const uint16_t* affine = matrix.affine_row(static_cast<int>(row));
+    // First and one-past-last group of the chunk that holds group g: chunks of 4 groups, then one of 2, then one of 1.
+    for (int first = 0, size = 4; first < matrix.groups; first += size) {
+        while (matrix.groups - first < size) size /= 2;
+        for (int g = first; g < first + size; ++g) {
+            const float a = half_to_float(affine[g]), b = half_to_float(affine[matrix.groups + g]);
+            for (int i = 0; i < kGroup; ++i) {
+                const int at = (g - first) * kGroup + i, part_bytes = size * kPlaneGroupBytes;
+                const int byte = first * kPlaneGroupBytes + at % part_bytes, shift = at / part_bytes * 2;
+                float code;
+                if (matrix.mode == Mode::kInt8) code = high[g * kGroup + i];
+                else if (matrix.mode == Mode::kInt2) code = 4.0f * (high[byte] >> shift & 3) + 1.5f;
+                else code = static_cast<float>((high[byte] >> shift & 3) << 2 | (low[byte] >> shift & 3));
+                out[g * kGroup + i] = matrix.gain * (a * code + b);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+FATE_CLONES
+static void add_scaled(const float* row, float weight, int64_t count, float* sum) {
+    for (int64_t i = 0; i < count; ++i) sum[i] += weight * row[i];
+}
+
+void reduce_rows(const float* rows, const void* weights, DType weights_dtype, int64_t tokens, int64_t top_k,
+                 int64_t hidden, DType out_dtype, void* out, int threads) {
+    std::vector<float> scale(tokens * top_k);
+    load_floats(weights, weights_dtype, tokens * top_k, scale.data());
+    const int64_t pieces = (hidden + kPiece - 1) / kPiece;
+    const int team = tokens * top_k * hidden < kMinParallelFloats ? 1 : threads;
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+    for (int64_t item = 0; item < tokens * pieces; ++item) {
+        const int64_t token = item / pieces, at = item % pieces * kPiece, count = std::min(kPiece, hidden - at);
+        float sum[kPiece] = {};
+        for (int64_t rank = 0; rank < top_k; ++rank) {
+            const float weight = scale[token * top_k + rank];
+            if (weight != 0.0f) add_scaled(rows + (token * top_k + rank) * hidden + at, weight, count, sum);
+        }
+        store_floats(sum, count, out_dtype, static_cast<char*>(out) + (token * hidden + at) * item_bytes(out_dtype));
+    }
+}
+
+void gather_rows(const Matrix& matrix, const int64_t* ids, int64_t count, DType dtype, void* out, int threads) {
+    const int64_t padded = static_cast<int64_t>(matrix.groups) * kGroup;
+    const int team = count * padded < kMinParallelFloats ? 1 : threads;
+    std::vector<float> floats(team * padded);
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        float* row = floats.data() + thread_index() * padded;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; ++i) {
+            dequantize_row(matrix, ids[i], row);
+            store_floats(row, matrix.cols, dtype, static_cast<char*>(out) + i * matrix.cols * item_bytes(dtype));
+        }
+    }
+}
+
+}  // namespace fate

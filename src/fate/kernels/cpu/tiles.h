@@ -1,0 +1,43 @@
+// Tile kernels: up to kTileRows weight rows times some tokens, into a float32 tile [tokens][kTileRows].
+//
+// One output is always computed by the same sequence of float operations, whatever the tile, so results do not depend
+// on which tokens share a call, on threads or on which of the two token forms is used:
+//
+//   lane[j] = 0; for g = j, j + 16, ...:  lane[j] = fma(dot_g, a_g * scale_g, lane[j])     (dot_g: exact int32)
+//                                         lane[j] = fma(b_g, sum_g, lane[j])
+//   fold 16 lanes to 8 (j, j + 8), to 4, to 2, to 1; multiply by the matrix's gain
+//
+// In kInt2 the dot product runs over 4h and b_g is fma(1.5, a_g, b_g).
+#pragma once
+
+#include "activations.h"
+#include "layout.h"
+
+namespace fate {
+
+struct TileKernels {
+    const char* name;
+    // Tokens from which the block form pays, or a number no call reaches where there is no block kernel.
+    int block_min_tokens;
+    // Bytes of scratch a kernel needs per thread for a matrix of `groups` groups.
+    int64_t (*scratch_bytes)(int groups);
+    // Tokens in row form: n rows -> tile rows 0..n-1.
+    void (*rows)(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile, void* scratch);
+    // Tokens in block form: blocks first..first+n-1 -> tile rows 0..16n-1.
+    void (*blocks)(const Matrix& matrix, int row, int count, const TokenBlocks& tokens, int first, int n, float* tile,
+                   void* scratch);
+};
+
+// The best kernels this processor runs, or the portable ones.
+const TileKernels& tile_kernels();
+
+// For tests: "portable" makes every later call use the portable kernels, "" goes back to the best.
+// Returns false, and changes nothing, if `name` is not among what this processor runs.
+bool select_tile_kernels(const char* name);
+
+extern const TileKernels kPortableTiles;
+#if defined(FATE_HAVE_AVX512)
+extern const TileKernels kAvx512Tiles;
+#endif
+
+}  // namespace fate

@@ -1,0 +1,86 @@
+"""`fate.load`: from a model's name to a running transformers model inside a memory budget."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fate.convert import convert
+from fate.errors import UsageError
+from fate.memory import MemoryPlan, format_bytes
+from fate.runtime import quantizer as quantizer  # registers the store's format with transformers
+from fate.runtime.assembly import LoadOptions
+from fate.runtime.planning import DEFAULT_PREFILL_CHUNK
+from fate.runtime.session import FateModel
+from fate.store.checkpoint import resolve_source
+from fate.store.reader import is_store, read_config
+from fate.systems import EXACT, System, resolve_system
+
+logger = logging.getLogger("fate")
+Progress = Callable[[int, int, str], None]
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    memory: str | int | None = None,
+    experts: str | int | float | None = None,
+    system: str | System = EXACT,
+    max_context: int | None = None,
+    max_batch: int = 1,
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    logit_rows: int | None = None,
+    on_plan: Callable[[MemoryPlan, System], None] | None = None,
+    on_convert: Progress | None = None,
+) -> FateModel:
+    """Load a Mixture-of-Experts model so that its whole process stays within `memory`.
+
+    model: a store, a checkpoint directory or a hub id; the latter two are converted on first use into the cache
+    directory. memory: peak resident size of this process ("6GiB", bytes; None: what is free less a margin).
+    experts: at most this share ("25%", 0.25) or number of experts in memory. system: a name from `fate.systems`;
+    "exact" is the fastest whose output is bit-identical to the fully resident model. max_context, max_batch,
+    prefill_chunk (tokens a forward) and logit_rows bound what the plan covers; beyond them a call raises
+    EnvelopeError. on_plan is called before anything is allocated; by default the plan is logged.
+
+    Returns the transformers model; `model.fate` has `stats()`, `plan` and `close()`, and `with` closes it.
+    Raises a FateError: ModelNotFoundError, NotMoEError, UnsupportedModelError, CheckpointError, StoreError,
+    MemorySizeError, BudgetTooSmallError, UnknownNameError.
+    """
+    for name, value in (("max_context", max_context), ("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}={value} is not valid: give a whole number of at least 1")
+    options = LoadOptions(
+        memory, experts, resolve_system(system), max_context, max_batch, prefill_chunk, logit_rows, on_plan or log_plan
+    )
+    store = ensure_store(model, on_convert)
+    stored = read_config(store)["quantization_config"]
+    config = AutoConfig.from_pretrained(store)
+    config.quantization_config = {**stored, "load_options": options}
+    return cast(FateModel, AutoModelForCausalLM.from_pretrained(store, config=config, dtype="auto"))
+
+
+def ensure_store(model: str | os.PathLike[str], on_convert: Progress | None = None) -> Path:
+    """The store of `model`: itself, or its checkpoint converted (once, with the default options) into the cache."""
+    if is_store(model):
+        return Path(model)
+    source = resolve_source(os.fspath(model))
+    store = cache_directory() / f"{source.name}-{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]}"
+    return store if is_store(store) else convert(source, store, progress=on_convert)
+
+
+def cache_directory() -> Path:
+    """Where converted stores are kept: `$FATE_CACHE`, else `$XDG_CACHE_HOME/fate`, else `~/.cache/fate`."""
+    if override := os.environ.get("FATE_CACHE"):
+        return Path(override)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fate"
+
+
+def log_plan(plan: MemoryPlan, system: System) -> None:
+    rows = ", ".join(f"{name} {format_bytes(size)} ({note})" for name, size, note in plan.rows())
+    logger.info("system %s, %s of %s: %s", system.name, format_bytes(plan.total), format_bytes(plan.budget), rows)

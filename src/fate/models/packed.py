@@ -1,0 +1,63 @@
+"""Dense modules that hold their weight packed and compute from it: never expanded to bf16.
+
+`packed` is the module's whole weight as bytes (see `store/format.py`); `layout` says how to read it. Both modules are
+inference only. Families that reach into `module.weight` get a freshly dequantized tensor, slow but right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fate import kernels
+from fate.kernels.reference import dequantize
+from fate.store.format import MatrixSpec, RecordLayout
+
+
+class _Packed(nn.Module):
+    """`packed` is empty until the loader sets it (uint8 [bytes]); `dtype` is that of the model's activations."""
+
+    def __init__(self, rows: int, cols: int, codec: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layout = RecordLayout(codec, (MatrixSpec("weight", rows, cols),), page_aligned=False)
+        self.dtype = dtype
+        self.packed = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight [rows, cols], a new tensor at every access."""
+        return dequantize(self.packed, self.layout, 0).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        spec = self.layout.matrices[0]
+        return f"{spec.rows}, {spec.cols}, codec={self.layout.codec}"
+
+
+class PackedLinear(_Packed):
+    """`nn.Linear` over a packed weight [out_features, in_features]; `bias` [out_features] stays as it was."""
+
+    def __init__(self, linear: nn.Linear, codec: str, dtype: torch.dtype) -> None:
+        super().__init__(linear.out_features, linear.in_features, codec, dtype)
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], same dtype."""
+        rows = x.reshape(-1, self.in_features)
+        return kernels.linear(rows, self.packed, self.layout, bias=self.bias).view(*x.shape[:-1], self.out_features)
+
+
+class PackedEmbedding(_Packed):
+    """`nn.Embedding` over a packed table [num_embeddings, embedding_dim]; rows are unpacked as they are looked up."""
+
+    def __init__(self, embedding: nn.Embedding, codec: str, dtype: torch.dtype) -> None:
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, codec, dtype)
+        self.num_embeddings = embedding.num_embeddings
+        self.embedding_dim = embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """int [...] -> [..., embedding_dim]."""
+        rows = kernels.gather_rows(self.packed, self.layout, 0, ids.reshape(-1), self.dtype)
+        return rows.view(*ids.shape, self.embedding_dim)

@@ -1,0 +1,24 @@
+"""The same precision for every expert of every step."""
+
+from __future__ import annotations
+
+from fate.core import Precision, Routing
+from fate.precision.base import PRECISIONS, PrecisionPolicy
+
+
+@PRECISIONS.register("full")
+class Full(PrecisionPolicy):
+    """Whole records: the store's own precision."""
+
+    exact = True
+
+    def wanted(self, routing: Routing, expert: int) -> Precision:
+        return Precision.FULL
+
+
+@PRECISIONS.register("int2")
+class AllINT2(PrecisionPolicy):
+    """INT2 prefixes only: about 44% fewer bytes a transfer, lossy."""
+
+    def wanted(self, routing: Routing, expert: int) -> Precision:
+        return Precision.INT2

@@ -1,0 +1,147 @@
+"""The experts function registered with transformers as "fate", and what stands behind it for each layer.
+
+transformers calls `experts(hidden_states, top_k_index, top_k_weights)`; we turn routing into a lease, compute groups of
+experts as they land, and sum their rows in rank order, so that arrival never changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fate import kernels
+from fate.core import Precision, Routing
+from fate.errors import ClosedError
+from fate.models.adapter import MoELayer
+from fate.models.routers import RouterGate
+from fate.predict import Predictor
+from fate.runtime.manager import ExpertManager, Slot
+from fate.runtime.slots import SlotPool
+
+EXPERTS_FUNCTION = "fate"
+
+
+class LayerRuntime:
+    """Computes one MoE layer from slots. `gate` (None: no prediction from this layer) remembers the gate input."""
+
+    def __init__(
+        self, layer: MoELayer, manager: ExpertManager, pool: SlotPool, predictor: Predictor, gate: RouterGate | None
+    ) -> None:
+        self.index = layer.index
+        self.closed = False
+        self._experts = layer.experts
+        self._num_experts = layer.num_experts
+        self._manager = manager
+        self._pool = pool
+        self._predictor = predictor
+        self._gate = gate
+        self._layout = manager.header.layout(layer.index)
+        self._compute = self._fused if layer.is_swiglu else self._generic
+        self._gate_input: torch.Tensor | None = None
+
+    def on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook of the layer's router."""
+        if self._gate is not None:
+            self._gate_input = self._gate.record(args, kwargs)
+
+    def forward(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden], indices and weights [tokens, rank] -> [tokens, hidden]."""
+        if self.closed:
+            raise ClosedError()
+        x = x.contiguous()
+        work = _Work(x, top_k_index, top_k_weights, self._num_experts)
+        routing = Routing(self.index, work.tokens_per_expert)
+        manager = self._manager
+        with manager.acquire(routing) as lease:
+            self._predict(routing)
+            for group in lease:
+                start = time.perf_counter()
+                self._compute(group, work)
+                manager.stats.expert_compute_s += time.perf_counter() - start
+        return kernels.reduce_rows(work.rows, work.weights, x.dtype)
+
+    def _predict(self, routing: Routing) -> None:
+        """After this layer's demands are queued, before its experts compute."""
+        gate_input, self._gate_input = self._gate_input, None
+        if gate_input is not None:
+            prediction = self._predictor.predict(routing, gate_input)
+            if prediction is not None:
+                self._manager.prefetch(prediction)
+
+    def _fused(self, group: list[Slot], work: _Work) -> None:
+        """SwiGLU experts without biases: gate, up, activation and down in the kernel."""
+        offsets = [self._pool.offset(entry.slot) for entry in group]
+        precisions = [entry.precision for entry in group]
+        bounds, pairs = work.pairs([entry.key.expert for entry in group])
+        kernels.experts_swiglu(work.x, self._pool.tensor, self._layout, offsets, precisions, bounds, pairs, work.rows)
+
+    def _generic(self, group: list[Slot], work: _Work) -> None:
+        """Any other expert: packed linears around the module's own activation, biases and norm."""
+        module: Any = self._experts
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        for entry in group:
+            expert = entry.key.expert
+            _bounds, pairs = work.pairs([expert])
+            tokens, ranks = pairs[:, 0].long(), pairs[:, 1].long()
+            record = self._pool.tensor[self._pool.offset(entry.slot) :][: self._layout.record_bytes]
+            hidden = self._linear(work.x[tokens], record, 0, entry.precision, first, expert)
+            hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+            out = self._linear(hidden.contiguous(), record, 1, entry.precision, "down_proj", expert)
+            if module.has_post_expert_norm:
+                out = module.post_expert_norm(out)
+            work.rows[tokens, ranks] = out.float()
+
+    def _linear(
+        self, x: torch.Tensor, record: torch.Tensor, index: int, precision: Precision, name: str, expert: int
+    ) -> torch.Tensor:
+        out = kernels.linear(x, record, self._layout, index, precision)
+        return out + getattr(self._experts, f"{name}_bias")[expert] if self._experts.has_bias else out
+
+
+class _Work:
+    """One call's routing, grouped by expert. Pairs with weight zero, and the sentinel index, are dropped.
+
+    rows: float32 [tokens, rank, hidden], written once per surviving pair.
+    """
+
+    def __init__(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> None:
+        tokens, ranks = index.shape
+        self.x = x
+        self.rows = torch.empty(tokens, ranks, x.shape[-1], dtype=torch.float32)
+        dropped = (weights == 0) | (index >= num_experts)
+        self.weights = weights.masked_fill(dropped, 0)
+        experts = index.masked_fill(dropped, num_experts).reshape(-1)
+        ordered, order = experts.sort(stable=True)  # by expert, then token, then rank
+        counts = torch.bincount(ordered, minlength=num_experts + 1)[:num_experts]
+        ends = counts.cumsum(0)
+        self._pairs = torch.stack([order // ranks, order % ranks], dim=1).to(torch.int32)
+        by_popularity = counts.argsort(descending=True, stable=True).tolist()
+        counted, end_of = counts.tolist(), ends.tolist()
+        self.tokens_per_expert = {e: counted[e] for e in by_popularity if counted[e]}
+        self._span = {e: (end_of[e] - counted[e], end_of[e]) for e in self.tokens_per_expert}
+
+    def pairs(self, experts: list[int]) -> tuple[list[int], torch.Tensor]:
+        """(bounds [experts + 1], int32 [pairs, 2] of (token, rank)) of the given experts, in their order."""
+        bounds = [0]
+        pieces = []
+        for expert in experts:
+            start, end = self._span[expert]
+            pieces.append(self._pairs[start:end])
+            bounds.append(bounds[-1] + end - start)
+        return bounds, pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
+
+
+def experts_forward(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The "fate" experts function; `module.fate_layer` is set when the model is loaded."""
+    if hidden_states.is_meta:  # shapes only: measuring what a forward needs
+        return torch.empty_like(hidden_states)
+    layer: LayerRuntime = module.__dict__["fate_layer"]
+    return layer.forward(hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, experts_forward)

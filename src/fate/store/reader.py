@@ -1,0 +1,174 @@
+"""Open a store, refuse a damaged one, and read its records.
+
+`StoreReader` owns `experts.fate`: header, checksums, and positioned reads that bypass the page cache where the file
+system allows it (so that the cache does not double the memory). Dense weights: `iter_packed`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from fate.core import ExpertKey
+from fate.errors import ChecksumError, StoreError, StoreMismatchError
+from fate.store import format as fmt
+
+logger = logging.getLogger("fate.store")
+
+EXPERTS_FILE = "experts.fate"
+DENSE_FILE = "dense.safetensors"
+PACKED_FILE = "packed.safetensors"
+
+
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a directory laid out as a store (its content may still be damaged)."""
+    return (Path(path) / EXPERTS_FILE).is_file()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The store's config.json; raises StoreError where it is missing or does not belong to a store."""
+    try:
+        config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path / 'config.json'} cannot be read ({error}): convert the checkpoint again") from None
+    if config.get("quantization_config", {}).get("quant_method") != "fate":
+        raise StoreError(f"{path / 'config.json'} is not a Fate store's: convert the checkpoint again")
+    return config
+
+
+class StoreReader:
+    """Records of one store, read by position. Thread-safe: reads share nothing.
+
+    Raises StoreError (not a store, cut short), StoreVersionError, ChecksumError (header), StoreMismatchError
+    (config.json of another conversion) when opened, ChecksumError from `verify`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.file = self.path / EXPERTS_FILE
+        self.header, self._checksums = _read_header(self.file)
+        self._check_siblings()
+        self._fd, self.direct = _open_direct(self.file)
+        self._verified: set[tuple[int, bool]] = set()
+
+    def read_into(self, key: ExpertKey, buffer: memoryview, offset: int) -> None:
+        """Fill page-aligned `buffer` with the record's bytes from `offset` (page-aligned too)."""
+        at = self.header.record_offset(*key) + offset
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self._fd, [buffer[done:]], at + done)
+            if got == 0:
+                raise StoreError(f"{self.file} ends inside {key}: convert the checkpoint again")
+            done += got
+
+    def verify(self, key: ExpertKey, record: memoryview, *, prefix: bool, rest: bool) -> None:
+        """Check the halves of `record` that were read against their checksums, each the first time it is read."""
+        index = self.header.record_index(*key)
+        split = self.header.layout(key.layer).split
+        wanted = [(False, record[:split])] if prefix else []
+        if rest:
+            wanted.append((True, record[split:]))
+        for half, data in wanted:
+            if (index, half) in self._verified:
+                continue
+            at = index * fmt.CHECKSUM_BYTES + (8 if half else 0)
+            if xxhash.xxh64_intdigest(data) != int.from_bytes(self._checksums[at : at + 8], "little"):
+                raise ChecksumError(f"{self.file}: {key} is damaged (checksum differs): convert the checkpoint again")
+            self._verified.add((index, half))
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _check_siblings(self) -> None:
+        if self.file.stat().st_size < self.header.file_bytes:
+            size, need = self.file.stat().st_size, self.header.file_bytes
+            raise StoreError(f"{self.file} is cut short ({size} of {need} bytes): convert the checkpoint again")
+        stored = read_config(self.path)["quantization_config"]
+        if stored.get("fingerprint") != self.header.fingerprint:
+            raise StoreMismatchError(
+                f"{self.file} holds the experts of another conversion than {self.path / 'config.json'}: "
+                "convert the checkpoint again"
+            )
+        for name in (DENSE_FILE, PACKED_FILE) if stored.get("packed") else (DENSE_FILE,):
+            _check_tensor_file(self.path / name, self.header.fingerprint)
+
+
+def _check_tensor_file(file: Path, fingerprint: str) -> None:
+    """The file is whole (its header matches its size) and of this conversion."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            recorded = (f.metadata() or {}).get("fingerprint")
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{file} cannot be read ({error}): convert the checkpoint again") from None
+    if recorded != fingerprint:
+        raise StoreMismatchError(f"{file} is of another conversion than {EXPERTS_FILE}: convert the checkpoint again")
+
+
+def _read_header(file: Path) -> tuple[fmt.StoreHeader, bytes]:
+    try:
+        with open(file, "rb") as f:
+            length, checksum = fmt.decode_preamble(f.read(fmt.PREAMBLE_BYTES), file)
+            blob = f.read(length)
+            if len(blob) < length or xxhash.xxh64_intdigest(blob) != checksum:
+                raise ChecksumError(f"{file}: the header is damaged: convert the checkpoint again")
+            header = fmt.decode_header(blob)
+            f.seek(header.checksums_offset)
+            checksums = f.read(header.num_records * fmt.CHECKSUM_BYTES)
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error.strerror}") from None
+    return header, checksums
+
+
+def _open_direct(file: Path) -> tuple[int, bool]:
+    """(file descriptor, whether it bypasses the page cache)."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if direct:
+        fd = -1
+        try:
+            fd = os.open(file, os.O_RDONLY | direct)
+            _probe_direct(fd)
+            return fd, True
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise StoreError(f"{file} cannot be opened: {error.strerror}") from None
+    logger.warning("%s: this file system refuses O_DIRECT; reads go through the page cache", file)
+    return os.open(file, os.O_RDONLY), False
+
+
+def _probe_direct(fd: int) -> None:
+    with mmap.mmap(-1, fmt.PAGE_BYTES) as page, memoryview(page) as view:
+        os.preadv(fd, [view], 0)
+
+
+def iter_packed(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, uint8 bytes [n]) of every packed dense matrix, one in memory at a time, past the page cache."""
+    file = path / PACKED_FILE
+    if not file.is_file():  # nothing is packed: opening the reader has checked that
+        return
+    with safe_open(file, framework="pt", backend="pread") as f:
+        for name in f.keys():  # noqa: SIM118 - not a mapping
+            yield name, f.get_tensor(name)
+            _drop_page_cache(file)
+
+
+def _drop_page_cache(file: Path) -> None:
+    if hasattr(os, "posix_fadvise"):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)

@@ -1,0 +1,206 @@
+"""Stores of full-size models with random weights, written at disk speed: for speed work without a download.
+
+Codes are drawn as packed bytes and scales so that dequantized weights have zero mean and a standard deviation of
+0.02; nothing is quantized. Routing is as uneven as random routers make it, so hit rates mean nothing here.
+
+`deepseek-moe-16b` is expressed as Glm4Moe, the transformers class with DeepSeekMoE-16B's parts (multi-head attention,
+a dense first layer, ungated shared experts, unnormalised top-k weights): all matrix shapes are the original's, but
+the router's scores are sigmoids where DeepSeekMoE-16B has a softmax.
+
+>>> synth("qwen1.5-moe-a2.7b", Path("synthetic-qwen"), num_layers=2)
+PosixPath('synthetic-qwen')
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+from fate.convert import DENSE_BITS, Progress, StoreIdentity, build_plan, copied_files
+from fate.errors import UnknownNameError, UsageError
+from fate.models.adapter import build_meta_model, find_moe_layers
+from fate.models.mapping import parameter_dtypes
+from fate.store.format import CONSTANTS_BYTES, FORMAT_VERSION, GROUP, RecordLayout, padded_cols
+from fate.store.tensorfile import TensorEntry
+from fate.store.writer import StorePlan, StoreWriter
+
+STD = 0.02
+_GAIN = 2.0**-13  # keeps stored scales in the middle of float16's range
+_INT2_SLOPE = 1.0625  # <w, w> / <w, w_int2> of uniform codes: 21.25 / 20
+_POOL_BYTES = 64 * 1024**2
+_STRIDE = 4096 * 1001 + 64  # no two of a model's items begin at the same place of the pool
+_CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+_COMMON = {"dtype": "bfloat16", "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+_QWEN = {
+    "model_type": "qwen2_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "intermediate_size": 5632,
+    "vocab_size": 151936,
+    "norm_topk_prob": False,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+_DEEPSEEK = {
+    "model_type": "glm4_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "partial_rotary_factor": 1.0,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1408,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 10944,
+    "vocab_size": 102400,
+    "norm_topk_prob": False,
+    "num_mtp_layers": 0,
+    "max_position_embeddings": 4096,
+}
+MODELS: dict[str, dict[str, Any]] = {"qwen1.5-moe-a2.7b": _QWEN, "deepseek-moe-16b": _DEEPSEEK}
+
+
+def synth(
+    name: str,
+    out: Path,
+    seed: int = 0,
+    dense_bits: int = 4,
+    num_layers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a store of random weights of the shapes of `name` (one of MODELS) at `out`, and return `out`.
+
+    Experts are INT4; dense_bits is 4, 8 or 16. num_layers: the model's own unless given. Memory stays under a few
+    hundred MiB. Raises UnknownNameError, UsageError, OutputExistsError or DiskFullError.
+    """
+    if name not in MODELS:
+        raise UnknownNameError("synthetic model", name, MODELS)
+    if dense_bits not in DENSE_BITS:
+        raise UsageError(f"dense_bits={dense_bits}: choose from {DENSE_BITS}")
+    config = AutoConfig.for_model(
+        **{**_COMMON, **MODELS[name], **({"num_hidden_layers": num_layers} if num_layers else {})}
+    )
+    plan = _plan(config, seed, dense_bits)
+    noise = _Noise(seed)
+    done, total = 0, plan.item_bytes
+    with StoreWriter(Path(out), plan) as writer:
+        for what, size in _write_items(writer, noise):
+            done += size
+            if progress:
+                progress(done, total, what)
+        return writer.finalize()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes (ids 0 to 255) and <bos>, <eos>, <pad> (256 to 258), with a plain chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=1 << 20
+    )
+    fast.chat_template = _CHAT_TEMPLATE
+    return fast
+
+
+class _Noise:
+    """Random bytes and normal numbers from pools drawn once; items differ by where in the pool they begin."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._bytes = torch.randint(256, (_POOL_BYTES,), dtype=torch.uint8, generator=generator)
+        self._normal = torch.randn(_POOL_BYTES // 16, generator=generator) * STD
+
+    def record(self, layout: RecordLayout, item: int) -> torch.Tensor:
+        """uint8 [layout.record_bytes]: uniform codes under scales that give zero mean and standard deviation STD."""
+        record = _cycled(self._bytes, item, layout.record_bytes)
+        record[:CONSTANTS_BYTES] = 0
+        record[layout.payload_bytes :] = 0
+        levels, slope = (15, _INT2_SLOPE) if layout.codec == "int4" else (255, 1.0)
+        scale = STD / math.sqrt(((levels + 1) ** 2 - 1) / 12) / _GAIN
+        for index, (matrix, section) in enumerate(zip(layout.matrices, layout.sections)):
+            constants = torch.tensor([_GAIN, slope], dtype=torch.float32)
+            record[8 * index : 8 * index + 8] = constants.view(torch.uint8)
+            affine = torch.empty(matrix.rows, 2, padded_cols(matrix.cols) // GROUP, dtype=torch.float16)
+            affine[:, 0], affine[:, 1] = scale, -scale * levels / 2
+            record[section.affine : section.affine + affine.nbytes] = affine.view(torch.uint8).reshape(-1)
+        return record
+
+    def tensor(self, entry: TensorEntry, item: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(byte offset, piece) pairs of a dense tensor: ones for norms, zeros for other vectors, else noise."""
+        if len(entry.shape) < 2:
+            yield 0, torch.full(entry.shape, 1.0 if "norm" in entry.key else 0.0, dtype=entry.dtype)
+            return
+        at, size = 0, self._normal.numel()
+        while at < entry.nbytes:
+            count = min(size, (entry.nbytes - at) // entry.dtype.itemsize)
+            yield at, _cycled(self._normal, item + at, count).to(entry.dtype)
+            at += count * entry.dtype.itemsize
+
+
+def _cycled(pool: torch.Tensor, item: int, count: int) -> torch.Tensor:
+    """A copy of `count` elements of the pool, round and round from a place of the item's own."""
+    start = item * _STRIDE % len(pool)
+    turns = -(-(start + count) // len(pool))
+    return (
+        torch.cat([pool[start:], *([pool] * (turns - 1))])[:count] if turns > 1 else pool[start : start + count].clone()
+    )
+
+
+def _write_items(writer: StoreWriter, noise: _Noise) -> Iterator[tuple[str, int]]:
+    """Write what `writer` lacks; yields (what, bytes) after each item."""
+    item = 0
+    for layer, spec in enumerate(writer.plan.header.layers):
+        layout = writer.plan.header.layout(layer)
+        for expert in range(spec.num_experts):
+            item += 1
+            if not writer.has_record(layer, expert):
+                writer.write_record(layer, expert, noise.record(layout, item))
+            yield f"layer {layer} expert {expert}", layout.record_bytes
+    for file, tensors in writer.plan.tensor_files.items():
+        for entry in tensors.entries:
+            item += 1
+            if not writer.has_tensor(file, entry.key):
+                packed = writer.plan.packed.get(entry.key)
+                parts = [(0, noise.record(packed, item))] if packed else noise.tensor(entry, item)
+                writer.write_tensor(file, entry.key, parts)
+            yield entry.key, entry.nbytes
+
+
+def _plan(config: PreTrainedConfig, seed: int, dense_bits: int) -> StorePlan:
+    model = build_meta_model(config)
+    layers = find_moe_layers(model)
+    stacked = {f"{layer.name}.{matrix.name}" for layer in layers for matrix in layer.matrices}
+    dtypes = parameter_dtypes(model)
+    tensors = [
+        TensorEntry(name, dtypes[name], tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        if name not in stacked and name not in model.all_tied_weights_keys
+    ]
+    raw = json.loads(config.to_json_string())
+    raw["architectures"] = [type(model).__name__]
+    origin = ["synth", FORMAT_VERSION, raw, seed, dense_bits]
+    fingerprint = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        byte_tokenizer().save_pretrained(folder)
+        files = copied_files(Path(folder))
+    return build_plan(model, layers, tensors, StoreIdentity("int4", dense_bits, fingerprint), files, raw)

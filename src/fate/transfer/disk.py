@@ -1,0 +1,27 @@
+"""The disk tier: a store's records read straight into slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fate.core import ExpertKey
+from fate.store.reader import StoreReader
+
+
+class DiskSource:
+    """`transfer.scheduler.Source` over a store; `slot_view(slot)` gives a slot's writable, page-aligned bytes."""
+
+    def __init__(self, reader: StoreReader, slot_view: Callable[[int], memoryview]) -> None:
+        self._reader = reader
+        self._slot_view = slot_view
+
+    def read(self, key: ExpertKey, slot: int, offset: int, length: int) -> None:
+        self._reader.read_into(key, self._slot_view(slot)[offset : offset + length], offset)
+
+    def verify(self, key: ExpertKey, slot: int, offset: int, length: int) -> None:
+        layout = self._reader.header.layout(key.layer)
+        record = self._slot_view(slot)[: layout.record_bytes]
+        self._reader.verify(key, record, prefix=offset == 0, rest=offset + length >= layout.record_bytes)
+
+    def close(self) -> None:
+        self._reader.close()

@@ -1,0 +1,119 @@
+"""The slot table under arbitrary use: slots are never lost, shared or taken from under a pin."""
+
+import dataclasses
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fate.cache import ALLOCATIONS, POLICIES, ExpertCache
+from fate.core import ExpertKey
+
+
+@dataclasses.dataclass
+class Read:
+    finished: bool = False
+
+
+class SlotTable(RuleBasedStateMachine):
+    """Admit, stage, promote, pin and drop at random on 3 layers of 6 experts."""
+
+    capacities = (3, 1, 2)
+
+    def __init__(self):
+        super().__init__()
+        self.cache = ExpertCache(self.capacities, transient=2, policy=POLICIES.get("lru"))
+        self.held = {}
+        self.draining = []
+
+    keys = st.builds(ExpertKey, st.integers(0, 2), st.integers(0, 5))
+
+    @rule(key=keys, staged=st.booleans(), reading=st.booleans())
+    def enter(self, key, staged, reading):
+        if self.cache.lookup(key) is not None:
+            return
+        pinned = {k for k, e in self.held.items() if e.pins or (e.transfer and not e.transfer.finished)}
+        entry = self.cache.stage(key) if staged else self.cache.admit(key)
+        self.held = {k: e for k, e in self.held.items() if self.cache.lookup(k) is e}
+        assert pinned <= set(self.held), "a pinned expert was evicted"
+        if entry is not None:
+            entry.transfer = Read() if reading else None
+            self.held[key] = entry
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def use(self, data):
+        entry = self.held[data.draw(st.sampled_from(sorted(self.held)))]
+        if entry.staged:
+            self.cache.promote(entry)
+            self.held = {k: e for k, e in self.held.items() if self.cache.lookup(k) is e}
+        else:
+            self.cache.touch(entry)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), pins=st.integers(0, 2))
+    def pin(self, data, pins):
+        self.held[data.draw(st.sampled_from(sorted(self.held)))].pins = pins
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), keep_slot=st.booleans())
+    def drop(self, data, keep_slot):
+        key = data.draw(st.sampled_from(sorted(self.held)))
+        entry = self.held.pop(key)
+        self.cache.drop(entry, keep_slot=keep_slot)
+        if keep_slot:
+            self.draining.append(entry.slot)
+
+    @precondition(lambda self: self.draining)
+    @rule()
+    def drain(self):
+        self.cache.free_slot(self.draining.pop())
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def land(self, data):
+        entry = self.held[data.draw(st.sampled_from(sorted(self.held)))]
+        if entry.transfer:
+            entry.transfer.finished = True
+
+    @invariant()
+    def every_slot_has_one_owner(self):
+        slots = [e.slot for e in self.held.values()] + self.draining + self.cache._free
+        assert sorted(slots) == list(range(self.cache.num_slots))
+
+    @invariant()
+    def shares_are_kept(self):
+        staged = self.cache.staged()
+        assert len(staged) <= self.cache.transient
+        for layer, capacity in enumerate(self.capacities):
+            cached = [k for k, e in self.held.items() if k.layer == layer and not e.staged]
+            assert len(cached) <= capacity
+            assert self.cache.resident(layer) == {k.expert for k in self.held if k.layer == layer}
+
+
+TestSlotTable = SlotTable.TestCase
+TestSlotTable.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_promotion_moves_no_slot():
+    cache = ExpertCache([1], transient=1, policy=POLICIES.get("lru"))
+    old = cache.admit(ExpertKey(0, 0))
+    guess = cache.stage(ExpertKey(0, 1))
+    assert cache.promote(guess)
+    assert (guess.slot, guess.staged) == (1, False)
+    assert cache.lookup(old.key) is None
+    assert cache.evictions == 1
+    assert cache.stage(ExpertKey(0, 2)).slot == old.slot
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS.names())
+@settings(max_examples=100, deadline=None)
+@given(
+    experts=st.lists(st.integers(1, 64), min_size=1, max_size=30), slots=st.integers(0, 3000), floor=st.integers(0, 3)
+)
+def test_allocations_share_every_slot(name, experts, slots, floor):
+    floors = [min(floor, n) for n in experts]
+    shares = ALLOCATIONS.get(name)(experts, slots, floor)
+    assert all(low <= share <= n for low, share, n in zip(floors, shares, experts, strict=True))
+    assert sum(shares) == max(sum(floors), min(slots, sum(experts)))

@@ -1,0 +1,23 @@
+"""What every test shares: two threads, no network, and the optional data beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch, and inherited by the processes that tests start: the suite is tuned for two cores,
+# and more threads than cores (or than a tiny model can use) only slow it down.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+_SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of recorded traces, prompts and corpora; skips where the checkout has none beside it."""
+    if not _SHARED_DATA.is_dir():
+        pytest.skip(f"no data folder at {_SHARED_DATA}")
+    return _SHARED_DATA

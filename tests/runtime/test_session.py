@@ -1,0 +1,174 @@
+"""The loaded model is transformers' own in every use, and refuses what its plan does not cover."""
+
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextIteratorStreamer, pipeline
+
+import fate
+from fate.errors import BudgetTooSmallError, ClosedError, EmptyPromptError, EnvelopeError, UnknownNameError, UsageError
+from fate.models.packed import PackedEmbedding, PackedLinear
+
+
+@pytest.fixture(scope="module")
+def model(mini_store):
+    with fate.load(mini_store, experts="25%", max_context=128, max_batch=2, prefill_chunk=32) as loaded:
+        yield loaded
+
+
+def transfer_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fate-transfer")]
+
+
+def test_it_is_a_transformers_model_without_expert_weights(model):
+    assert isinstance(model, PreTrainedModel)
+    assert type(model).__name__ == "Qwen2MoeForCausalLM"
+    names = [name for name, _ in model.named_parameters()]
+    assert not any("experts." in name for name in names)
+    assert isinstance(model.lm_head, PackedLinear)
+    assert isinstance(model.model.embed_tokens, PackedEmbedding)
+    assert model.lm_head.packed is model.model.embed_tokens.packed, "tied weights are held once"
+
+
+def test_stats_account_for_every_access(model, prompt):
+    before = model.fate.stats()
+    model.generate(prompt, max_new_tokens=8, do_sample=False)
+    stats = model.fate.stats() - before
+    layers, top_k = 16, 4
+    assert stats.decode.forwards == 7
+    assert stats.decode.accesses == 7 * layers * top_k
+    assert stats.prefill.tokens == prompt.shape[1]
+    assert stats.prefill.forwards == 2, "48 tokens in chunks of 32"
+    assert 0 < stats.decode.hit_rate < 1
+    assert 0 < stats.decode.stall_share < 1
+    assert 0 <= stats.decode.wasted_bytes <= stats.decode.bytes_moved
+    assert 0.5 < stats.decode.coverage <= 1
+
+
+def test_streamer_and_pipeline(model, mini_store):
+    tokenizer = AutoTokenizer.from_pretrained(mini_store)
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=6, do_sample=False)[0], skip_special_tokens=True)
+    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    arguments = {"max_new_tokens": 6, "do_sample": False}
+    thread = threading.Thread(target=model.generate, args=(ids,), kwargs={"streamer": streamer, **arguments})
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("Once upon a time", **arguments)
+    assert text[0]["generated_text"] == expected
+
+
+def test_concurrent_generations_are_serialised(model, prompt):
+    prompts = [prompt[:, at : at + 12] for at in range(4)]
+    expected = [model.generate(ids, max_new_tokens=6, do_sample=False) for ids in prompts]
+    results = {}
+
+    def work(i):
+        results[i] = model.generate(prompts[i], max_new_tokens=6, do_sample=False)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[i], expected[i]) for i in range(4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ((1, 130), {"max_new_tokens": 1}, r"131 tokens .* beyond the plan's context of 128: .*max_context=131"),
+        ((1, 10), {"max_new_tokens": 119}, r"129 tokens .* beyond the plan's context"),
+        ((3, 10), {"max_new_tokens": 2}, r"batch of 3 sequences is beyond the plan's 2: load with max_batch=3"),
+        ((1, 10), {"max_new_tokens": 2, "num_beams": 3}, r"batch of 3 sequences is beyond the plan's 2"),
+    ],
+)
+def test_beyond_the_envelope(model, shape, arguments, message):
+    with pytest.raises(EnvelopeError, match=message):
+        model.generate(torch.ones(shape, dtype=torch.long), do_sample=False, **arguments)
+
+
+def test_beyond_the_envelope_in_a_plain_forward(model):
+    with pytest.raises(EnvelopeError, match="one forward of 40 tokens is beyond the plan's chunk of 32"):
+        model(torch.ones(1, 40, dtype=torch.long))
+
+
+def test_logit_rows_are_part_of_the_plan(mini_store):
+    with fate.load(mini_store, experts="25%", logit_rows=4) as model:
+        with pytest.raises(EnvelopeError, match=r"10 rows of logits are beyond the plan's 4: pass logits_to_keep"):
+            model(torch.ones(1, 10, dtype=torch.long))
+        assert model(torch.ones(1, 10, dtype=torch.long), logits_to_keep=4).logits.shape[1] == 4
+
+
+def test_an_empty_prompt(model):
+    with pytest.raises(EmptyPromptError, match="the prompt is empty"):
+        model.generate(torch.ones(1, 0, dtype=torch.long), max_new_tokens=2)
+
+
+def test_close_leaves_nothing_and_says_so(mini_store, prompt):
+    before = len(transfer_threads())
+    with fate.load(mini_store, experts="25%") as model:
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+        assert len(transfer_threads()) > before
+    assert len(transfer_threads()) == before
+    model.fate.close()
+    with pytest.raises(ClosedError, match="was closed"):
+        model.generate(prompt, max_new_tokens=2)
+
+
+def test_a_forgotten_model_closes_itself(mini_store):
+    before = len(transfer_threads())
+    model = fate.load(mini_store, experts="25%")
+    assert len(transfer_threads()) > before
+    del model
+    import gc
+
+    gc.collect()
+    assert len(transfer_threads()) == before
+
+
+def test_from_pretrained_once_fate_is_imported(mini_store, prompt, model):
+    plain = AutoModelForCausalLM.from_pretrained(mini_store)
+    try:
+        assert plain.fate.system.exact
+        assert torch.equal(plain(prompt[:, :20]).logits, model(prompt[:, :20]).logits)
+    finally:
+        plain.fate.close()
+
+
+def test_without_fate_transformers_refuses_the_store(mini_store, tmp_path):
+    """A transformers that does not know the format must not fill the experts with random numbers."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(mini_store)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "no file named" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"memory": "100MiB"}, BudgetTooSmallError, r"the smallest that works is \d+MiB"),
+        ({"system": "magic"}, UnknownNameError, r"unknown system 'magic': choose one of cross-layer, .*load-on-demand"),
+        ({"max_context": 0}, UsageError, "max_context=0 is not valid"),
+        ({"max_batch": -1}, UsageError, "max_batch=-1 is not valid"),
+    ],
+)
+def test_bad_arguments(mini_store, arguments, error, message):
+    with pytest.raises(error, match=message):
+        fate.load(mini_store, **arguments)
+
+
+def test_the_refusal_names_a_budget_that_works(mini_store, prompt):
+    with pytest.raises(BudgetTooSmallError) as refusal:
+        fate.load(mini_store, memory=1 << 20)
+    headroom = 64 << 20  # this process has grown since, by its own tests
+    with fate.load(mini_store, memory=refusal.value.smallest_bytes + headroom) as model:
+        assert model.generate(prompt, max_new_tokens=2, do_sample=False).shape[1] == 50

@@ -4,7 +4,7 @@ import pytest
 
 from fate.core import Envelope
 from fate.errors import BudgetTooSmallError, MemorySizeError
-from fate.memory import GIB, MIB, Needs, default_budget, format_bytes, make_plan, parse_experts, parse_memory
+from fate.memory import GIB, MIB, RUNTIME_SLACK_BYTES, Needs, default_budget, format_bytes, make_plan, parse_experts, parse_memory
 
 NEEDS = Needs(
     runtime=400 * MIB,
@@ -58,11 +58,12 @@ def test_a_large_budget_holds_every_expert_and_no_more():
 
 
 def test_too_small_names_the_smallest_that_works():
-    with pytest.raises(BudgetTooSmallError, match="the smallest that works is 624MiB") as refusal:
+    with pytest.raises(BudgetTooSmallError, match="the smallest that works is 656MiB") as refusal:
         make_plan(623 * MIB, ENVELOPE, NEEDS)
-    assert make_plan(refusal.value.smallest_bytes, ENVELOPE, NEEDS).num_slots == NEEDS.min_slots
+    assert refusal.value.smallest_bytes == 624 * MIB + RUNTIME_SLACK_BYTES
+    assert make_plan(624 * MIB, ENVELOPE, NEEDS).num_slots == NEEDS.min_slots
     with pytest.raises(BudgetTooSmallError):
-        make_plan(refusal.value.smallest_bytes - 1, ENVELOPE, NEEDS)
+        make_plan(624 * MIB - 1, ENVELOPE, NEEDS)
 
 
 def test_max_experts_caps_but_never_below_the_floor():

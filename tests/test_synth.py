@@ -10,13 +10,13 @@ import xxhash
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from fate.convert import packed_layout
 from fate.errors import OutputExistsError, UnknownNameError, UsageError
 from fate.models.adapter import build_meta_model, find_moe_layers
 from fate.quant.packing import unpack_plane
 from fate.store.format import GROUP, RecordLayout, padded_cols
+from fate.store.plan import packed_layout
 from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE, StoreReader
-from fate.synth import MODELS, STD, byte_tokenizer, synth
+from fate.synth import EMBEDDING_STD, MODELS, STD, byte_tokenizer, synth
 from tiny import FAMILIES
 
 
@@ -71,7 +71,7 @@ def test_weights_have_zero_mean_and_the_stated_deviation(tiny_name: str, dense_b
         values = _weights(load_file(out / PACKED_FILE)["model.embed_tokens.weight"], layout, 0)
     else:
         values = dense["model.embed_tokens.weight"].float()
-    assert values.std() == pytest.approx(STD, rel=0.03)
+    assert values.std() == pytest.approx(EMBEDDING_STD, rel=0.03)
     assert torch.equal(dense["model.norm.weight"], torch.ones(192, dtype=torch.bfloat16))
 
 
@@ -112,11 +112,11 @@ def test_full_size_shapes(name: str, layers: int, experts: int, top_k: int, para
 def test_text_can_be_fed(tiny_name: str, tmp_path: Path) -> None:
     out = synth(tiny_name, tmp_path / "out", num_layers=1)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    text = "naïve — 3 × 4\n"
+    text = "Once upon a time, naïve — 3 × 4\n"
     ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text.encode())
-    assert max(ids) < 256
+    assert len(ids) < 0.7 * len(text.encode()), "pairs of characters"
     assert tokenizer.decode(ids) == text
+    assert len(set(tokenizer("the cat sat on the mat")["input_ids"])) > 8
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat == byte_tokenizer().apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)

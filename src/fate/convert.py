@@ -14,19 +14,18 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from fate.errors import CheckpointError, OutputExistsError, UnsupportedModelError, UsageError
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.mapping import ExpertSource, Recipe, Source, plan_recipes
-from fate.models.packable import Kind, packable, packed_ties
+from fate.models.packable import packable, packed_ties
 from fate.quant.nested import encode_record
 from fate.store.checkpoint import Checkpoint, read_checkpoint_config, resolve_source
 from fate.store.format import (
@@ -34,14 +33,14 @@ from fate.store.format import (
     FORMAT_VERSION,
     GROUP,
     LayerSpec,
-    MatrixSpec,
     RecordLayout,
     StoreHeader,
     padded_cols,
 )
-from fate.store.reader import DENSE_FILE, PACKED_FILE
-from fate.store.tensorfile import TensorEntry, TensorFileLayout
-from fate.store.writer import StorePlan, StoreWriter
+from fate.store.plan import StorePlan, packed_layout, plan_store
+from fate.store.reader import PACKED_FILE, is_store
+from fate.store.tensorfile import TensorEntry
+from fate.store.writer import StoreWriter
 
 EXPERT_BITS = (4, 16, 32)
 DENSE_BITS = (4, 8, 16)
@@ -77,22 +76,15 @@ def convert(
     out = Path(out)
     if out.exists() and not force:
         raise OutputExistsError(out)
+    if out.exists() and not is_store(out):
+        raise UsageError(f"{out} exists and is not a store, so it is not replaced: choose another OUT or move it away")
     path = resolve_source(src)
-    _refuse_quantized(path)
+    refuse_quantized(path)
     with Checkpoint(path) as checkpoint:
         conversion = _Conversion(checkpoint, expert_bits, dense_bits)
         with StoreWriter(out, conversion.plan, force=force) as writer:
             conversion.run(writer, progress or (lambda done, total, what: None))
             return writer.finalize()
-
-
-@dataclass(frozen=True)
-class StoreIdentity:
-    """What a store's parts have in common: the experts' codec, the dense bits, and the source they came from."""
-
-    codec: str
-    dense_bits: int
-    fingerprint: str
 
 
 class _Conversion:
@@ -106,16 +98,7 @@ class _Conversion:
         self._recipes = plan_recipes(self._model, self._stacked, checkpoint)
         self._experts = [self._expert_matrices(layer) for layer in self._layers]
         self._made: tuple[Source | None, dict[str, torch.Tensor]] = (None, {})
-        identity = StoreIdentity(
-            self._expert_codec(expert_bits), dense_bits, _fingerprint(checkpoint, expert_bits, dense_bits)
-        )
-        tensors = [
-            TensorEntry(name, recipe.dtype, recipe.shape)
-            for name, recipe in self._recipes.items()
-            if name not in self._stacked
-        ]
-        files = copied_files(checkpoint.path)
-        self.plan = build_plan(self._model, self._layers, tensors, identity, files, self._store_config())
+        self.plan = self._plan(expert_bits, dense_bits)
 
     def run(self, writer: StoreWriter, progress: Progress) -> None:
         """Write every item that `writer` does not have yet."""
@@ -171,6 +154,17 @@ class _Conversion:
             self._made = (source, source.make(lambda key: self._checkpoint.read(key).to(recipe.dtype), self._model))
         return self._made[1]
 
+    def _plan(self, expert_bits: int, dense_bits: int) -> StorePlan:
+        specs = tuple(LayerSpec(layer.name, layer.num_experts, layer.matrices) for layer in self._layers)
+        fingerprint = _fingerprint(self._checkpoint, expert_bits, dense_bits)
+        header = StoreHeader(self._expert_codec(expert_bits), fingerprint, self._model.config.model_type, specs)
+        unstacked = {name: recipe for name, recipe in self._recipes.items() if name not in self._stacked}
+        tensors = [TensorEntry(name, recipe.dtype, recipe.shape) for name, recipe in unstacked.items()]
+        kinds = packable(self._model, self._layers) if dense_bits < 16 else {}
+        ties = packed_ties(self._model, kinds)
+        files = copied_files(self._checkpoint.path)
+        return plan_store(header, dense_bits, tensors, kinds, ties, self._store_config(), files)
+
     def _expert_codec(self, expert_bits: int) -> str:
         if expert_bits != 16:
             return {4: "int4", 32: "fp32"}[expert_bits]
@@ -191,73 +185,38 @@ class _Conversion:
         return config
 
 
-def build_plan(
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    tensors: list[TensorEntry],
-    identity: StoreIdentity,
-    small_files: dict[str, bytes],
-    config: dict[str, Any],
-) -> StorePlan:
-    """The plan of a store of `model`. tensors: every parameter and persistent buffer but the stacked experts'."""
-    kinds = packable(model, layers) if identity.dense_bits < 16 else {}
-    codec = f"int{identity.dense_bits}"
-    shapes = {entry.key: entry.shape for entry in tensors}
-    packed = {f"{name}.weight": packed_layout(codec, *shapes[f"{name}.weight"]) for name in kinds}
-    metadata = {"format": "pt", "fingerprint": identity.fingerprint}
-    dense = tuple(entry for entry in tensors if entry.key not in packed)
-    tensor_files = {DENSE_FILE: TensorFileLayout(dense, metadata)}
-    if packed:
-        entries = tuple(TensorEntry(key, torch.uint8, (layout.record_bytes,)) for key, layout in packed.items())
-        tensor_files[PACKED_FILE] = TensorFileLayout(entries, metadata)
-    config["quantization_config"] = {
-        "quant_method": "fate",
-        "format_version": FORMAT_VERSION,
-        "codec": identity.codec,
-        "dense_bits": identity.dense_bits,
-        "fingerprint": identity.fingerprint,
-        "packed": {name: _packed_entry(kind, packed[f"{name}.weight"]) for name, kind in kinds.items()},
-        "tied": packed_ties(model, kinds),
-    }
-    specs = tuple(LayerSpec(layer.name, layer.num_experts, layer.matrices) for layer in layers)
-    header = StoreHeader(identity.codec, identity.fingerprint, model.config.model_type, specs)
-    content = json.dumps(config, indent=2).encode() + b"\n"
-    return StorePlan(header, tensor_files, packed, {**small_files, "config.json": content})
-
-
-def packed_layout(codec: str, rows: int, cols: int) -> RecordLayout:
-    """How a packed dense matrix [rows, cols] is stored."""
-    return RecordLayout(codec, (MatrixSpec("weight", rows, cols),), page_aligned=False)
-
-
-def _packed_entry(kind: Kind, layout: RecordLayout) -> dict[str, Any]:
-    matrix = layout.matrices[0]
-    return {"kind": kind, "rows": matrix.rows, "cols": matrix.cols, "codec": layout.codec}
-
-
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The checkpoint's config with its dtype settled as `from_pretrained` does: the config's, else the weights'."""
-    raw = checkpoint.config
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-        model_type, reason = raw.get("model_type"), str(error).strip().splitlines()[-1].strip()
-        if model_type in CONFIG_MAPPING:
-            raise CheckpointError(
-                f"{checkpoint.path}/config.json is not a valid config of model type {model_type!r} ({reason}): "
-                "download it again"
-            ) from error
-        raise UnsupportedModelError(
-            f"{checkpoint.path} has model type {model_type!r}, which the installed transformers does not know: use a "
-            "model that it supports without remote code"
-        ) from error
+    config = transformers_config(checkpoint.path)
     text = config.get_text_config()
     dtype = text.dtype or config.dtype or _first_float_dtype(checkpoint)
     config.dtype = text.dtype = dtype
     return config
 
 
-def _refuse_quantized(path: Path) -> None:
+def transformers_config(path: Path) -> PreTrainedConfig:
+    """config.json of a checkpoint or store as transformers reads it.
+
+    Raises ModelNotFoundError where there is none, CheckpointError where it is damaged, UnsupportedModelError where
+    transformers does not know the model type.
+    """
+    model_type = read_checkpoint_config(path).get("model_type")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        if model_type in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{path}/config.json is not a valid config of model type {model_type!r} ({reason}): download it again"
+            ) from error
+        raise UnsupportedModelError(
+            f"{path} has model type {model_type!r}, which the installed transformers does not know: use a model that "
+            "it supports without remote code"
+        ) from error
+
+
+def refuse_quantized(path: Path) -> None:
+    """Raise UnsupportedModelError for a checkpoint whose weights are quantized already."""
     config = read_checkpoint_config(path)
     quantized = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     if quantized:

@@ -33,6 +33,13 @@ class MemorySizeError(UsageError):
         super().__init__(f"memory size {value!r} is not valid: write a positive size such as 6GiB, 900MB or 4096MiB")
 
 
+class ExpertShareError(MemorySizeError):
+    """A share or number of experts that cannot be read, or is not positive."""
+
+    def __init__(self, value: object) -> None:
+        UsageError.__init__(self, f"experts {value!r} is not valid: write a share such as 25% or a positive number")
+
+
 class BudgetTooSmallError(UsageError):
     """`smallest_bytes` is the smallest budget that fits this model and envelope."""
 

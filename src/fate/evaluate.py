@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from fate.errors import EmptyPromptError, UsageError
+from fate.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Evaluation:
 
 
 def read_text(file: Path) -> str:
-    """The file's text; raises UsageError if it is missing or not UTF-8, EmptyPromptError if there is none."""
+    """The file's text; raises UsageError if it is missing, not UTF-8 or empty."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -40,7 +40,7 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError:
         raise UsageError(f"{file} is not UTF-8 text: give a text file") from None
     if not text.strip():
-        raise EmptyPromptError()
+        raise UsageError(f"{file} has no text: give a text file with some")
     return text
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from fate.convert import read_config, refuse_quantized, transformers_config
 from fate.core import Envelope
 from fate.memory import Needs
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.packable import packable
 from fate.runtime import planning
 from fate.runtime.backend import EXPERTS_FUNCTION
+from fate.store.checkpoint import Checkpoint
 from fate.store.format import LayerSpec, MatrixSpec, RecordLayout, StoreHeader
 from fate.store.reader import StoreReader, is_store
 
@@ -46,11 +48,15 @@ class Inspection:
 
 
 def inspect_model(path: Path, max_context: int | None = None, dense_bits: int = 8) -> Inspection:
-    """Raises the same errors loading would: NotMoEError, UnsupportedModelError, StoreError."""
-    config = AutoConfig.from_pretrained(path)
+    """Raises the same errors loading would: NotMoEError, UnsupportedModelError, CheckpointError, StoreError."""
     stored = is_store(path)
     if stored:
+        config = transformers_config(path)
         del config.quantization_config
+    else:
+        refuse_quantized(path)
+        with Checkpoint(path) as checkpoint:
+            config = read_config(checkpoint)
     model = meta_model(config)
     layers = find_moe_layers(model)
     if stored:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from fate.convert import convert
-from fate.errors import UsageError
+from fate.convert import convert, transformers_config
+from fate.errors import StoreError, UsageError
 from fate.memory import MemoryPlan, format_bytes
 from fate.runtime import quantizer as quantizer  # registers the store's format with transformers
 from fate.runtime.assembly import LoadOptions
@@ -60,7 +60,7 @@ def load(
     )
     store = ensure_store(model, on_convert)
     stored = read_config(store)["quantization_config"]
-    config = AutoConfig.from_pretrained(store)
+    config = transformers_config(store)
     config.quantization_config = {**stored, "load_options": options}
     return cast(FateModel, AutoModelForCausalLM.from_pretrained(store, config=config, dtype="auto"))
 
@@ -70,8 +70,21 @@ def ensure_store(model: str | os.PathLike[str], on_convert: Progress | None = No
     if is_store(model):
         return Path(model)
     source = resolve_source(os.fspath(model))
-    store = cache_directory() / f"{source.name}-{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]}"
+    name = Path(model).name  # a hub id's last part; the snapshot directory it resolves to is called by a hash
+    store = cache_directory() / f"{name}-{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]}"
     return store if is_store(store) else convert(source, store, progress=on_convert)
+
+
+def load_tokenizer(store: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer kept in `store`; raises StoreError where there is none that transformers can load."""
+    read_config(store)
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(store, trust_remote_code=False))
+    except Exception as error:  # tokenizers raises nothing narrower for a file it cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise StoreError(
+            f"{store} has no tokenizer that transformers can load ({reason}): copy the model's tokenizer files into it"
+        ) from error
 
 
 def cache_directory() -> Path:

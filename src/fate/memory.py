@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fate.core import Envelope
-from fate.errors import BudgetTooSmallError, MemorySizeError
+from fate.errors import BudgetTooSmallError, ExpertShareError, MemorySizeError
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -26,6 +26,7 @@ for _power, _letter in enumerate("KMGT", start=1):
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 MIB = 1024**2
 GIB = 1024**3
+RUNTIME_SLACK_BYTES = 32 * MIB  # the measured runtime row differs by some MiB from process to process
 
 
 def parse_memory(value: str | int | float) -> int:
@@ -115,7 +116,8 @@ class Needs:
 
     @property
     def smallest(self) -> int:
-        return self.fixed + self.min_slots * self.slot
+        """The budget to name in a refusal: it fits in another process too."""
+        return self.fixed + self.min_slots * self.slot + RUNTIME_SLACK_BYTES
 
 
 @dataclass(frozen=True)
@@ -156,16 +158,16 @@ def make_plan(budget: int, envelope: Envelope, needs: Needs, max_experts: int | 
 
 
 def parse_experts(value: str | int | float | None, total: int) -> int | None:
-    """Expert slots from "25%", 0.25 or 360; raises MemorySizeError for anything that is not a positive share."""
+    """Expert slots from "25%", 0.25 or 360; raises ExpertShareError for anything that is not a positive share."""
     if value is None:
         return None
     text = str(value).strip()
     try:
         number = float(text[:-1]) / 100 * total if text.endswith("%") else float(text)
     except ValueError:
-        raise MemorySizeError(value) from None
+        raise ExpertShareError(value) from None
     if not text.endswith("%") and ("." in text or isinstance(value, float)):
         number *= total
     if not math.isfinite(number) or number <= 0:
-        raise MemorySizeError(value)
+        raise ExpertShareError(value)
     return min(max(1, round(number)), total)

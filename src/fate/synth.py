@@ -1,7 +1,10 @@
 """Stores of full-size models with random weights, written at disk speed: for speed work without a download.
 
 Codes are drawn as packed bytes and scales so that dequantized weights have zero mean and a standard deviation of
-0.02; nothing is quantized. Routing is as uneven as random routers make it, so hit rates mean nothing here.
+0.02 (embeddings: EMBEDDING_STD); nothing is quantized. With small embeddings a random network's hidden states of all
+tokens collapse into one direction and with them the routing, which flatters every cache. With large ones a token's own
+embedding carries through: routing is nearly uniform over experts and depends on the token, the hard case for a cache,
+and the next layer's gate on this layer's input is right more often than a real model's.
 
 `deepseek-moe-16b` is expressed as Glm4Moe, the transformers class with DeepSeekMoE-16B's parts (multi-head attention,
 a dense first layer, ungated shared experts, unnormalised top-k weights): all matrix shapes are the original's, but
@@ -22,20 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from fate.convert import DENSE_BITS, Progress, StoreIdentity, build_plan, copied_files
+from fate.convert import DENSE_BITS, Progress, copied_files
 from fate.errors import UnknownNameError, UsageError
 from fate.models.adapter import build_meta_model, find_moe_layers
 from fate.models.mapping import parameter_dtypes
-from fate.store.format import CONSTANTS_BYTES, FORMAT_VERSION, GROUP, RecordLayout, padded_cols
+from fate.models.packable import packable, packed_ties
+from fate.store.format import CONSTANTS_BYTES, FORMAT_VERSION, GROUP, LayerSpec, RecordLayout, StoreHeader, padded_cols
+from fate.store.plan import StorePlan, plan_store
 from fate.store.tensorfile import TensorEntry
-from fate.store.writer import StorePlan, StoreWriter
+from fate.store.writer import StoreWriter
 
 STD = 0.02
 _GAIN = 2.0**-13  # keeps stored scales in the middle of float16's range
 _INT2_SLOPE = 1.0625  # <w, w> / <w, w_int2> of uniform codes: 21.25 / 20
+EMBEDDING_STD = 256 * STD
 _POOL_BYTES = 64 * 1024**2
 _STRIDE = 4096 * 1001 + 64  # no two of a model's items begin at the same place of the pool
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -115,11 +121,33 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return _wrapped(tokenizer)
+
+
+def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=1 << 20
     )
     fast.chat_template = _CHAT_TEMPLATE
     return fast
+
+
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """`byte_tokenizer` whose tokens are pairs of printable characters where it can: 9,284 ids, so that neighbouring
+    tokens of a text are seldom the same and routing that depends on the token varies as it does in real models."""
+    symbols = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # byte-level names of space and newline
+    pairs = [(first, second) for first in symbols for second in symbols]
+    fast = byte_tokenizer()
+    vocabulary = fast.get_vocab() | {first + second: 259 + index for index, (first, second) in enumerate(pairs)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[\s\S]{1,2}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return _wrapped(tokenizer)
 
 
 class _Noise:
@@ -130,15 +158,15 @@ class _Noise:
         self._bytes = torch.randint(256, (_POOL_BYTES,), dtype=torch.uint8, generator=generator)
         self._normal = torch.randn(_POOL_BYTES // 16, generator=generator) * STD
 
-    def record(self, layout: RecordLayout, item: int) -> torch.Tensor:
-        """uint8 [layout.record_bytes]: uniform codes under scales that give zero mean and standard deviation STD."""
+    def record(self, layout: RecordLayout, item: int, std: float = STD) -> torch.Tensor:
+        """uint8 [layout.record_bytes]: uniform codes under scales that give zero mean and standard deviation `std`."""
         record = _cycled(self._bytes, item, layout.record_bytes)
         record[:CONSTANTS_BYTES] = 0
         record[layout.payload_bytes :] = 0
         levels, slope = (15, _INT2_SLOPE) if layout.codec == "int4" else (255, 1.0)
         scale = STD / math.sqrt(((levels + 1) ** 2 - 1) / 12) / _GAIN
         for index, (matrix, section) in enumerate(zip(layout.matrices, layout.sections)):
-            constants = torch.tensor([_GAIN, slope], dtype=torch.float32)
+            constants = torch.tensor([_GAIN * std / STD, slope], dtype=torch.float32)
             record[8 * index : 8 * index + 8] = constants.view(torch.uint8)
             affine = torch.empty(matrix.rows, 2, padded_cols(matrix.cols) // GROUP, dtype=torch.float16)
             affine[:, 0], affine[:, 1] = scale, -scale * levels / 2
@@ -153,8 +181,12 @@ class _Noise:
         at, size = 0, self._normal.numel()
         while at < entry.nbytes:
             count = min(size, (entry.nbytes - at) // entry.dtype.itemsize)
-            yield at, _cycled(self._normal, item + at, count).to(entry.dtype)
+            yield at, (_cycled(self._normal, item + at, count) * (_std(entry.key) / STD)).to(entry.dtype)
             at += count * entry.dtype.itemsize
+
+
+def _std(key: str) -> float:
+    return EMBEDDING_STD if key.endswith("embed_tokens.weight") else STD
 
 
 def _cycled(pool: torch.Tensor, item: int, count: int) -> torch.Tensor:
@@ -181,7 +213,7 @@ def _write_items(writer: StoreWriter, noise: _Noise) -> Iterator[tuple[str, int]
             item += 1
             if not writer.has_tensor(file, entry.key):
                 packed = writer.plan.packed.get(entry.key)
-                parts = [(0, noise.record(packed, item))] if packed else noise.tensor(entry, item)
+                parts = [(0, noise.record(packed, item, _std(entry.key)))] if packed else noise.tensor(entry, item)
                 writer.write_tensor(file, entry.key, parts)
             yield entry.key, entry.nbytes
 
@@ -201,6 +233,9 @@ def _plan(config: PreTrainedConfig, seed: int, dense_bits: int) -> StorePlan:
     origin = ["synth", FORMAT_VERSION, raw, seed, dense_bits]
     fingerprint = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
     with tempfile.TemporaryDirectory() as folder:
-        byte_tokenizer().save_pretrained(folder)
+        pair_tokenizer().save_pretrained(folder)
         files = copied_files(Path(folder))
-    return build_plan(model, layers, tensors, StoreIdentity("int4", dense_bits, fingerprint), files, raw)
+    specs = tuple(LayerSpec(layer.name, layer.num_experts, layer.matrices) for layer in layers)
+    header = StoreHeader("int4", fingerprint, config.model_type, specs)
+    kinds = packable(model, layers) if dense_bits < 16 else {}
+    return plan_store(header, dense_bits, tensors, kinds, packed_ties(model, kinds), raw, files)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fate.cache import ALLOCATIONS, POLICIES
+from fate.errors import UnknownNameError
 from fate.precision import PRECISIONS
 from fate.predict import PREDICTORS
 from fate.registry import Registry
@@ -51,6 +52,8 @@ def resolve_system(system: str | System) -> System:
     """The system called `system`; raises UnknownNameError."""
     if isinstance(system, System):
         return system
+    if system not in system_names():
+        raise UnknownNameError("system", system, system_names())
     return SYSTEMS.get("cross-layer" if system == EXACT else system)
 
 

@@ -115,6 +115,13 @@ def test_a_missing_or_truncated_dense_file(damaged, name):
         fate.load(damaged)
 
 
+@pytest.mark.parametrize("name", [DENSE_FILE, PACKED_FILE])
+def test_a_flipped_byte_in_a_dense_weight(damaged, name):
+    flip(damaged / name, (damaged / name).stat().st_size // 2)
+    with pytest.raises(ChecksumError, match=rf"{name}: model\..* is damaged"):
+        fate.load(damaged)
+
+
 def test_a_config_that_is_no_json(damaged):
     (damaged / "config.json").write_text("{")
     with pytest.raises(StoreError, match=r"config\.json cannot be read"):

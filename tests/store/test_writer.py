@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from fate.core import ExpertKey
 from fate.errors import FateError, OutputExistsError, UsageError
 from fate.store.format import PAGE_BYTES, LayerSpec, MatrixSpec, StoreHeader
-from fate.store.reader import DENSE_FILE, EXPERTS_FILE, StoreReader
+from fate.store.plan import StorePlan
+from fate.store.reader import CHECKSUMS_FILE, DENSE_FILE, EXPERTS_FILE, StoreReader
 from fate.store.tensorfile import TensorEntry, TensorFileLayout
-from fate.store.writer import StorePlan, StoreWriter
+from fate.store.writer import StoreWriter
 
 _ENTRIES = (
     TensorEntry("odd", torch.uint8, (3,)),
@@ -93,7 +94,7 @@ def test_records_and_checksums_are_where_the_header_says(tmp_path: Path) -> None
         at = plan.header.checksums_offset + 16 * plan.header.record_index(layer, expert)
         assert content[at : at + 8] == xxhash.xxh64_intdigest(record[:split]).to_bytes(8, "little")
         assert content[at + 8 : at + 16] == xxhash.xxh64_intdigest(record[split:]).to_bytes(8, "little")
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", DENSE_FILE, EXPERTS_FILE]
+    assert sorted(path.name for path in out.iterdir()) == [CHECKSUMS_FILE, "config.json", DENSE_FILE, EXPERTS_FILE]
 
 
 def test_the_reader_reads_what_was_written(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Random weights decoding greedily collapse into one token and flatter every cache
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -64,6 +65,8 @@ def measure(
                     "slots": plan.num_slots,
                     "experts": plan.needs.total_experts,
                 }
+            del model
+            gc.collect()  # the next plan must not count this model's weights
     return {
         "bench": "fixed-text",
         "store": store.name,

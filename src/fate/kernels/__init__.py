@@ -151,7 +151,7 @@ def reduce_rows(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gather_rows(packed: Tensor, layout: RecordLayout, index: int, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows `ids` (int64 [n]) of matrix `index`, dequantized: [n, cols] of `dtype`. IndexError for an id out of range."""
+    """Rows `ids` (int64 [n]) of matrix `index`, dequantized: [n, cols] of `dtype`. IndexError for an id outside."""
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"ids must be int64 [n], not {ids.dtype} {tuple(ids.shape)}")
     _check_packed(packed, layout, Precision.FULL)

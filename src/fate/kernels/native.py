@@ -15,8 +15,9 @@ from fate.errors import UnknownNameError
 from fate.store.format import RecordLayout
 
 try:
-    from fate.kernels.cpu import _cpu
+    from fate.kernels.cpu import _cpu as _built
 
+    _cpu: Any = _built
     _missing = ""
 except ImportError as error:
     _cpu = None

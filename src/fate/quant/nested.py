@@ -53,9 +53,10 @@ def _quantize_into(
     record: Tensor, matrix: Tensor, spec: MatrixSpec, section: Section, codec: str
 ) -> tuple[float, float]:
     """Writes the planes and the affine section of one matrix; returns its (gain, slope)."""
+    if matrix.dtype not in native.DTYPE_CODES:
+        matrix = matrix.float()
     unit = _unit(matrix, spec.name)
-    cpu = native.extension()
-    run = _quantize_torch if cpu is None or matrix.dtype not in native.DTYPE_CODES else _quantize_compiled
+    run = _quantize_torch if native.extension() is None else _quantize_compiled
     squares, products = run(record, matrix, section, codec, unit)
     return math.ldexp(unit, -_HEADROOM), 1.0 if codec == "int8" else _slope(squares, products)
 
@@ -82,15 +83,13 @@ def _quantize_compiled(
     )
 
 
-def _quantize_torch(
-    record: Tensor, matrix: Tensor, section: Section, codec: str, unit: float
-) -> tuple[float, float]:
+def _quantize_torch(record: Tensor, matrix: Tensor, section: Section, codec: str, unit: float) -> tuple[float, float]:
     """Writes the planes and the affine section; returns the sums of w * w and w * w_int2, in units of unit^2."""
     rows, cols = matrix.shape
     step = max(1, _BLOCK_WEIGHTS // cols)
     squares = products = 0.0
     for first in range(0, rows, step):
-        block = matrix[first : first + step].float() / unit
+        block = matrix[first : first + step].float().contiguous() / unit
         codes, affine = _quantize_block(block, codec)
         width = codes.shape[1]
         _write(record, section.affine + first * affine.shape[1], affine)

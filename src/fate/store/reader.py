@@ -28,6 +28,8 @@ logger = logging.getLogger("fate.store")
 EXPERTS_FILE = "experts.fate"
 DENSE_FILE = "dense.safetensors"
 PACKED_FILE = "packed.safetensors"
+CHECKSUMS_FILE = "checksums.json"
+_CHUNK_BYTES = 4 << 20
 
 
 def is_store(path: str | os.PathLike[str]) -> bool:
@@ -101,8 +103,10 @@ class StoreReader:
                 f"{self.file} holds the experts of another conversion than {self.path / 'config.json'}: "
                 "convert the checkpoint again"
             )
-        for name in (DENSE_FILE, PACKED_FILE) if stored.get("packed") else (DENSE_FILE,):
-            _check_tensor_file(self.path / name, self.header.fingerprint)
+        _check_tensor_file(self.path / DENSE_FILE, self.header.fingerprint)
+        _verify_dense(self.path)
+        if stored.get("packed"):
+            _check_tensor_file(self.path / PACKED_FILE, self.header.fingerprint)
 
 
 def _check_tensor_file(file: Path, fingerprint: str) -> None:
@@ -154,14 +158,50 @@ def _probe_direct(fd: int) -> None:
         os.preadv(fd, [view], 0)
 
 
+def checksum_of(fd: int, start: int, length: int) -> int:
+    """xxh64 of bytes [start, start + length) of an open file."""
+    digest = xxhash.xxh64()
+    for at in range(start, start + length, _CHUNK_BYTES):
+        digest.update(os.pread(fd, min(_CHUNK_BYTES, start + length - at), at))
+    return digest.intdigest()
+
+
+def _read_checksums(path: Path, name: str) -> dict[str, str]:
+    try:
+        table: dict[str, str] = json.loads((path / CHECKSUMS_FILE).read_text())[name]
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{path / CHECKSUMS_FILE} cannot be read ({error}): convert the checkpoint again") from None
+    return table
+
+
+def _check_tensor(path: Path, name: str, expected: str | None, got: int) -> None:
+    if expected != f"{got:016x}":
+        raise ChecksumError(f"{path}: {name} is damaged (checksum differs): convert the checkpoint again")
+
+
+def _verify_dense(path: Path) -> None:
+    """What transformers will load itself, checked before it does."""
+    file, expected = path / DENSE_FILE, _read_checksums(path, DENSE_FILE)
+    with open(file, "rb") as f:
+        header_bytes = 8 + int.from_bytes(f.read(8), "little")
+        table = json.loads(f.read(header_bytes - 8))
+        for name in table.keys() - {"__metadata__"}:
+            start, end = table[name]["data_offsets"]
+            got = checksum_of(f.fileno(), header_bytes + start, end - start)
+            _check_tensor(file, name, expected.get(name), got)
+
+
 def iter_packed(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, uint8 bytes [n]) of every packed dense matrix, one in memory at a time, past the page cache."""
+    """(name, uint8 bytes [n]) of every packed dense matrix, verified, one at a time; leaves no page cache behind."""
     file = path / PACKED_FILE
     if not file.is_file():  # nothing is packed: opening the reader has checked that
         return
+    expected = _read_checksums(path, PACKED_FILE)
     with safe_open(file, framework="pt", backend="pread") as f:
         for name in f.keys():  # noqa: SIM118 - not a mapping
-            yield name, f.get_tensor(name)
+            packed = f.get_tensor(name)
+            _check_tensor(file, name, expected.get(name), xxhash.xxh64_intdigest(packed.numpy()))
+            yield name, packed
             _drop_page_cache(file)
 
 

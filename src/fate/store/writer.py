@@ -22,7 +22,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,46 +30,13 @@ import xxhash
 
 from fate.errors import DiskFullError, OutputExistsError, UsageError
 from fate.memory import MIB, format_bytes
-from fate.store.format import CHECKSUM_BYTES, RecordLayout, StoreHeader
-from fate.store.reader import EXPERTS_FILE
-from fate.store.tensorfile import TensorFileLayout
+from fate.store.format import CHECKSUM_BYTES
+from fate.store.plan import StorePlan
+from fate.store.reader import CHECKSUMS_FILE, EXPERTS_FILE, checksum_of
 
 _JOURNAL = "journal.jsonl"
 _SYNC_BYTES, _SYNC_S = 64 * MIB, 1.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StorePlan:
-    """Everything known of a store before its first byte.
-
-    tensor_files: file name -> layout. packed: key -> layout of each matrix in the packed file. small_files: file name
-    -> content, written as it is.
-    """
-
-    header: StoreHeader
-    tensor_files: dict[str, TensorFileLayout]
-    packed: dict[str, RecordLayout]
-    small_files: dict[str, bytes]
-
-    @property
-    def file_sizes(self) -> dict[str, int]:
-        tensor_files = {name: layout.file_bytes for name, layout in self.tensor_files.items()}
-        return {EXPERTS_FILE: self.header.file_bytes, **tensor_files}
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.file_sizes.values())
-
-    @property
-    def num_items(self) -> int:
-        return self.header.num_records + sum(len(layout.entries) for layout in self.tensor_files.values())
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of all records and tensors."""
-        records = sum(s.num_experts * self.header.layout(i).record_bytes for i, s in enumerate(self.header.layers))
-        return records + sum(entry.nbytes for layout in self.tensor_files.values() for entry in layout.entries)
 
 
 class StoreWriter:
@@ -122,7 +88,7 @@ class StoreWriter:
             data = _bytes_of(piece)
             assert offset + len(data) <= length
             self._write(file, start + offset, data)
-        self._finish(f"{file}/{key}", [])
+        self._finish(f"{file}/{key}", [checksum_of(self._files[file], start, length)])
 
     def finalize(self) -> Path:
         """Write checksums, small files and last the header page, then rename `OUT.partial` to `OUT`."""
@@ -130,7 +96,7 @@ class StoreWriter:
         self._sync()
         header = self.plan.header
         self._write(EXPERTS_FILE, header.checksums_offset, self._checksum_table())
-        for name, content in self.plan.small_files.items():
+        for name, content in {**self.plan.small_files, CHECKSUMS_FILE: self._tensor_checksums()}.items():
             with _disk_errors(self.out, len(content)):
                 _write_small_file(self.partial / name, content)
         self._sync()
@@ -214,6 +180,14 @@ class StoreWriter:
                 prefix, rest = self._done[_record_item(layer, expert)]
                 table += prefix.to_bytes(CHECKSUM_BYTES // 2, "little") + rest.to_bytes(CHECKSUM_BYTES // 2, "little")
         return bytes(table)
+
+    def _tensor_checksums(self) -> bytes:
+        """checksums.json: tensor file -> tensor -> xxh64 of its bytes, in hexadecimal."""
+        table = {
+            file: {entry.key: f"{self._done[f'{file}/{entry.key}'][0]:016x}" for entry in layout.entries}
+            for file, layout in self.plan.tensor_files.items()
+        }
+        return json.dumps(table, indent=1).encode() + b"\n"
 
     def _publish(self) -> None:
         replaced = self.out.with_name(self.out.name + ".replaced")

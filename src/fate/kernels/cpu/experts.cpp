@@ -32,8 +32,8 @@ std::vector<Item> make_items(const std::vector<Segment>& segments, int rows, int
     for (int s = 0; s < static_cast<int>(segments.size()); ++s) {
         for (int row = 0; row < rows; row += per_item) {
             for (int first = 0; first < segments[s].pairs; first += kTileTokens) {
-                items.push_back({s, row, std::min(per_item, rows - row), first,
-                                 std::min(kTileTokens, segments[s].pairs - first)});
+                items.push_back(
+                    {s, row, std::min(per_item, rows - row), first, std::min(kTileTokens, segments[s].pairs - first)});
             }
         }
     }
@@ -198,13 +198,12 @@ void experts_swiglu(const ExpertsCall& call, const ExpertWork* experts, int coun
     int64_t pass_bytes = 0, pairs = 0;
     for (const PassPlan& pass : passes) {
         pairs += pass.pairs;
-        pass_bytes = std::max(
-            pass_bytes, Pass::scratch_bytes(pass.pairs, pass.blocks, gate_up.groups, down.groups, down.cols));
+        pass_bytes =
+            std::max(pass_bytes, Pass::scratch_bytes(pass.pairs, pass.blocks, gate_up.groups, down.groups, down.cols));
     }
     const int64_t work = pairs * down.rows * down.cols;
     const int threads = work < kMinParallelWork ? 1 : call.threads;
-    Scratch& scratch =
-        Scratch::reserve(rows_bytes(call.tokens, gate_up.groups) + threads * per_thread + pass_bytes);
+    Scratch& scratch = Scratch::reserve(rows_bytes(call.tokens, gate_up.groups) + threads * per_thread + pass_bytes);
     const TokenRows x = take_rows(scratch, call.tokens, gate_up.groups);
     char* threads_memory = scratch.take<char>(threads * per_thread);
     const bool alone = threads == 1 || call.tokens <= 2;

@@ -15,11 +15,11 @@
 
 namespace fate {
 
-constexpr int kGroup = 64;           // columns that share one scale and one offset
+constexpr int kGroup = 64;            // columns that share one scale and one offset
 constexpr int kPlaneGroupBytes = 16;  // bytes of one group in a 2-bit plane
-constexpr int kLanes = 16;           // partial sums of one output: group g is added to lane g % kLanes
-constexpr int kTileRows = 64;        // most weight rows a tile kernel handles at once; the tile's row pitch
-constexpr int kTileTokens = 128;     // most tokens a tile kernel handles at once
+constexpr int kLanes = 16;            // partial sums of one output: group g is added to lane g % kLanes
+constexpr int kTileRows = 64;         // most weight rows a tile kernel handles at once; the tile's row pitch
+constexpr int kTileTokens = 128;      // most tokens a tile kernel handles at once
 
 enum class Mode { kInt4, kInt2, kInt8 };
 

@@ -47,7 +47,8 @@ struct LinearPass {
 
     // Tile -> out, with the bias, in the caller's dtype.
     void store(int row, int count, int first, int n, float* tile, float* bias_floats) const {
-        if (bias != nullptr) load_floats(bias + static_cast<int64_t>(row) * item_bytes(dtype), dtype, count, bias_floats);
+        if (bias != nullptr)
+            load_floats(bias + static_cast<int64_t>(row) * item_bytes(dtype), dtype, count, bias_floats);
         for (int t = 0; t < n; ++t) {
             float* values = tile + t * kTileRows;
             if (bias != nullptr) {
@@ -103,8 +104,12 @@ void linear(const Matrix& matrix, const void* x, DType dtype, int64_t tokens, co
     for (int64_t first = 0; first < tokens; first += kMaxTokens) {
         const int n = static_cast<int>(std::min<int64_t>(kMaxTokens, tokens - first));
         const int64_t work = static_cast<int64_t>(matrix.rows) * matrix.cols * n;
-        LinearPass{matrix, static_cast<const char*>(x) + first * matrix.cols * item, dtype, n,
-                   static_cast<const char*>(bias), static_cast<char*>(out) + first * matrix.rows * item}
+        LinearPass{matrix,
+                   static_cast<const char*>(x) + first * matrix.cols * item,
+                   dtype,
+                   n,
+                   static_cast<const char*>(bias),
+                   static_cast<char*>(out) + first * matrix.rows * item}
             .run(work < kMinParallelWork ? 1 : threads);
     }
 }

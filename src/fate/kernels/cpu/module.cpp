@@ -52,6 +52,7 @@ Record make_record(bool int8, int64_t bytes, const std::vector<Place>& places) {
 
 Matrix matrix_of(const Record& record, int index, bool prefix_only, uint64_t packed) {
     require(index >= 0 && index < record.count, "the record has no matrix of this index");
+    require(packed % alignof(float) == 0, "a record must be aligned to 4 bytes");
     return record.matrix(pointer<const uint8_t>(packed), index, prefix_only);
 }
 
@@ -89,8 +90,8 @@ void bind_experts_swiglu(const Record& record, uint64_t pool, int64_t pool_bytes
                       pair_offsets[e + 1] - pair_offsets[e]};
     }
     nb::gil_scoped_release release;
-    const ExpertsCall call{&record, pointer<const void>(x), static_cast<DType>(dtype), tokens, pair,
-                           pointer<float>(rows), top_k, threads};
+    const ExpertsCall call{
+        &record, pointer<const void>(x), static_cast<DType>(dtype), tokens, pair, pointer<float>(rows), top_k, threads};
     experts_swiglu(call, experts.data(), static_cast<int>(count));
 }
 
@@ -118,10 +119,10 @@ std::tuple<double, double> bind_quantize_matrix(uint64_t weights, int dtype, int
                                                 uint64_t affine, uint64_t low, int threads) {
     nb::gil_scoped_release release;
     const auto [iterations, p, beta, kappa] = settings;
-    const SlopeSums sums = quantize_matrix(
-        pointer<const void>(weights), static_cast<DType>(dtype), pitch, rows, cols, inverse_unit, headroom,
-        {iterations, p, beta, kappa}, {pointer<uint8_t>(high), pointer<uint16_t>(affine), pointer<uint8_t>(low)},
-        threads);
+    const SlopeSums sums =
+        quantize_matrix(pointer<const void>(weights), static_cast<DType>(dtype), pitch, rows, cols, inverse_unit,
+                        headroom, {iterations, p, beta, kappa},
+                        {pointer<uint8_t>(high), pointer<uint16_t>(affine), pointer<uint8_t>(low)}, threads);
     return {sums.squares, sums.products};
 }
 

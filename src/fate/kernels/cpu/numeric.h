@@ -40,7 +40,9 @@ static inline uint16_t float_to_half(float value) {
     return static_cast<uint16_t>(sign | rounded >> 13);
 }
 
-static inline float bfloat16_to_float(uint16_t value) { return std::bit_cast<float>(static_cast<uint32_t>(value) << 16); }
+static inline float bfloat16_to_float(uint16_t value) {
+    return std::bit_cast<float>(static_cast<uint32_t>(value) << 16);
+}
 
 static inline uint16_t float_to_bfloat16(float value) {
     const uint32_t bits = std::bit_cast<uint32_t>(value);

@@ -1,6 +1,6 @@
-#include <cstring>
-
 #include "tiles.h"
+
+#include <cstring>
 
 namespace fate {
 

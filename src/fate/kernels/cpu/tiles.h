@@ -38,6 +38,7 @@ bool select_tile_kernels(const char* name);
 extern const TileKernels kPortableTiles;
 #if defined(FATE_HAVE_AVX512)
 extern const TileKernels kAvx512Tiles;
+void avx512_rows(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile, void* scratch);
 #endif
 
 }  // namespace fate

@@ -1,7 +1,5 @@
 // The tile kernels in plain C++: any processor; compiled for AVX2 too where function clones exist. Its multiply-adds
 // round twice, so that every clone gives the same bits.
-#include <cstring>
-
 #include "tiles.h"
 
 namespace fate {
@@ -12,28 +10,35 @@ constexpr int kRowsAtOnce = 4;  // weight rows unpacked together, so that a toke
 
 inline float multiply_add(float x, float y, float sum) { return x * y + sum; }
 
-// One chunk of `groups` groups (4, 2 or 1) of a plane row: codes shifted left by `up` are or-ed into `out`.
-inline void unpack_chunk(const uint8_t* plane, int groups, int up, uint8_t* out) {
+// One chunk of `groups` groups (4, 2 or 1) of a row; `low` is null for an INT2 reader. Codes are widened to 16 bits,
+// which is what lets a compiler see a multiply-and-add-pairs instruction in `dot`.
+inline void unpack_chunk(const uint8_t* high, const uint8_t* low, int groups, int16_t* out) {
     const int bytes = groups * kPlaneGroupBytes;
     for (int part = 0; part < 4; ++part) {
-        for (int j = 0; j < bytes; ++j) out[part * bytes + j] |= (plane[j] >> (2 * part) & 3) << up;
+        const int shift = 2 * part;
+        if (low == nullptr) {
+            for (int j = 0; j < bytes; ++j) out[part * bytes + j] = (high[j] >> shift & 3) << 2;
+        } else {
+            for (int j = 0; j < bytes; ++j) {
+                out[part * bytes + j] = (high[j] >> shift & 3) << 2 | (low[j] >> shift & 3);
+            }
+        }
     }
 }
 
-inline void unpack_plane(const uint8_t* plane, int groups, int up, uint8_t* out) {
-    int at = 0;
-    for (int size = 4; size >= 1; size /= 2) {
-        for (; groups - at >= size; at += size) unpack_chunk(plane + at * kPlaneGroupBytes, size, up, out + at * kGroup);
-    }
-}
-
-inline void unpack_row(const Matrix& matrix, int row, uint8_t* codes, float* scales, float* offsets) {
+inline void unpack_row(const Matrix& matrix, int row, int16_t* codes, float* scales, float* offsets) {
+    const uint8_t* high = matrix.high_row(row);
     if (matrix.mode == Mode::kInt8) {
-        std::memcpy(codes, matrix.high_row(row), matrix.plane_bytes());
+        for (int i = 0; i < matrix.groups * kGroup; ++i) codes[i] = high[i];
     } else {
-        std::memset(codes, 0, matrix.groups * kGroup);
-        unpack_plane(matrix.high_row(row), matrix.groups, 2, codes);
-        if (matrix.mode == Mode::kInt4) unpack_plane(matrix.low_row(row), matrix.groups, 0, codes);
+        const uint8_t* low = matrix.mode == Mode::kInt4 ? matrix.low_row(row) : nullptr;
+        int g = 0;
+        for (int size = 4; size >= 1; size /= 2) {
+            for (; matrix.groups - g >= size; g += size) {
+                const int at = g * kPlaneGroupBytes;
+                unpack_chunk(high + at, low == nullptr ? nullptr : low + at, size, codes + g * kGroup);
+            }
+        }
     }
     const uint16_t* affine = matrix.affine_row(row);
     for (int g = 0; g < matrix.groups; ++g) {
@@ -43,11 +48,9 @@ inline void unpack_row(const Matrix& matrix, int row, uint8_t* codes, float* sca
     }
 }
 
-inline int32_t dot(const uint8_t* codes, const int8_t* activations) {
+inline int32_t dot(const int16_t* codes, const int8_t* activations) {
     int32_t total = 0;
-    for (int i = 0; i < kGroup; ++i) {
-        total += static_cast<int16_t>(codes[i]) * static_cast<int16_t>(activations[i]);
-    }
+    for (int i = 0; i < kGroup; ++i) total += codes[i] * static_cast<int16_t>(activations[i]);
     return total;
 }
 
@@ -59,10 +62,10 @@ inline float fold(float* lane) {
 }
 
 int64_t portable_scratch_bytes(int groups) {
-    return static_cast<int64_t>(kRowsAtOnce) * groups * (kGroup + 2 * sizeof(float));
+    return static_cast<int64_t>(kRowsAtOnce) * groups * (kGroup * sizeof(int16_t) + 2 * sizeof(float));
 }
 
-inline float output(const uint8_t* codes, const float* scales, const float* offsets, const TokenRow& token,
+inline float output(const int16_t* codes, const float* scales, const float* offsets, const TokenRow& token,
                     int groups) {
     float lane[kLanes] = {};
     for (int g = 0; g < groups; ++g) {
@@ -82,7 +85,7 @@ void portable_rows(const Matrix& matrix, int row, int count, const TokenRow* tok
     const int groups = matrix.groups;
     float* scales = static_cast<float*>(scratch);
     float* offsets = scales + kRowsAtOnce * groups;
-    uint8_t* codes = reinterpret_cast<uint8_t*>(offsets + kRowsAtOnce * groups);
+    int16_t* codes = reinterpret_cast<int16_t*>(offsets + kRowsAtOnce * groups);
     for (int first = 0; first < count; first += kRowsAtOnce) {
         const int rows = count - first < kRowsAtOnce ? count - first : kRowsAtOnce;
         for (int r = 0; r < rows; ++r) {

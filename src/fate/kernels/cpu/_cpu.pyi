@@ -1,0 +1,65 @@
+# Addresses are tensors' data_ptr(); dtypes are fate.kernels.native.DTYPE_CODES.
+from collections.abc import Sequence
+
+class Record:
+    @staticmethod
+    def make(int8: bool, bytes: int, places: Sequence[tuple[int, int, int, int, int]]) -> Record: ...
+
+def linear(
+    record: Record,
+    index: int,
+    prefix_only: bool,
+    packed: int,
+    x: int,
+    dtype: int,
+    tokens: int,
+    bias: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def experts_swiglu(
+    record: Record,
+    pool: int,
+    pool_bytes: int,
+    slot_offsets: Sequence[int],
+    precisions: Sequence[int],
+    pair_offsets: Sequence[int],
+    pairs: int,
+    num_pairs: int,
+    x: int,
+    dtype: int,
+    tokens: int,
+    rows: int,
+    top_k: int,
+    threads: int,
+) -> None: ...
+def reduce_rows(
+    rows: int,
+    weights: int,
+    weights_dtype: int,
+    tokens: int,
+    top_k: int,
+    hidden: int,
+    out_dtype: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def gather_rows(
+    record: Record, index: int, packed: int, ids: int, count: int, dtype: int, out: int, threads: int
+) -> None: ...
+def quantize_matrix(
+    weights: int,
+    dtype: int,
+    pitch: int,
+    rows: int,
+    cols: int,
+    inverse_unit: float,
+    headroom: int,
+    settings: tuple[int, float, float, float],
+    high: int,
+    affine: int,
+    low: int,
+    threads: int,
+) -> tuple[float, float]: ...
+def kernel_name() -> str: ...
+def select_kernels(name: str) -> bool: ...

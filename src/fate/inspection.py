@@ -51,6 +51,9 @@ def inspect_model(path: Path, max_context: int | None = None, dense_bits: int = 
     """Raises the same errors loading would: NotMoEError, UnsupportedModelError, CheckpointError, StoreError."""
     stored = is_store(path)
     if stored:
+        reader = StoreReader(path)  # first: a damaged store is named as one
+        reader.close()
+        header, dense = reader.header, planning.dense_bytes(path)
         config = transformers_config(path)
         del config.quantization_config
     else:
@@ -59,11 +62,7 @@ def inspect_model(path: Path, max_context: int | None = None, dense_bits: int = 
             config = read_config(checkpoint)
     model = meta_model(config)
     layers = find_moe_layers(model)
-    if stored:
-        reader = StoreReader(path)
-        header, dense = reader.header, planning.dense_bytes(path)
-        reader.close()
-    else:
+    if not stored:
         specs = tuple(LayerSpec(layer.name, layer.num_experts, layer.matrices) for layer in layers)
         header = StoreHeader("int4", "", config.model_type, specs)
         dense = _packed_dense_bytes(model, layers, dense_bits)
@@ -84,7 +83,7 @@ def _packed_dense_bytes(model: PreTrainedModel, layers: list[MoELayer], dense_bi
     experts = {f"{layer.name}.{m.name}" for layer in layers for m in layer.matrices}
     total = 0
     for name, parameter in model.named_parameters():
-        if name in experts:
+        if name in experts or name in model.all_tied_weights_keys:
             continue
         if name.removesuffix(".weight") in packed:
             spec = MatrixSpec("weight", *parameter.shape)

@@ -14,12 +14,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from fate.bench.environment import environment, peak_resident_bytes
 from fate.core import StepStats
 from fate.errors import UsageError
-from fate.loading import load
+from fate.loading import load, load_tokenizer
 from fate.runtime.session import FateModel
 
 
@@ -78,7 +78,7 @@ def measure(
 
 
 def _tokens(store: Path, workload: Workload) -> torch.Tensor:
-    ids = AutoTokenizer.from_pretrained(store)(workload.text, return_tensors="pt").input_ids
+    ids = load_tokenizer(store)(workload.text, return_tensors="pt").input_ids
     needed = workload.prompt_tokens + workload.new_tokens
     if ids.shape[1] < needed:
         raise UsageError(f"the text has {ids.shape[1]} tokens, {needed} are needed: give a longer text")

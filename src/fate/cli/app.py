@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import logging
-import os
 import sys
 
 import typer
 from transformers.utils import logging as hf_logging
 
-from fate.cli.output import err
+from fate.cli.output import print_error
 from fate.errors import FateError
 
 COMMANDS = ("run", "convert", "inspect", "eval", "bench", "doctor", "synth")
+_FIXES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EACCES: "check its permissions or choose another path",
+    errno.EPERM: "check its permissions or choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.EEXIST: "choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ENOMEM: "give less --memory or stop other programs",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EIO: "the device may be failing; check the system's log",
+}
 
-app = typer.Typer(
-    name="fate",
-    help="Run Mixture-of-Experts language models that do not fit in your memory.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+
+def build_app() -> typer.Typer:
+    """The command line with every subcommand."""
+    app = typer.Typer(
+        name="fate",
+        help="Run Mixture-of-Experts language models that do not fit in your memory.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for command in COMMANDS:
+        importlib.import_module(f"fate.cli.{command}_command").register(app)
+    return app
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,22 +52,22 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()  # ours are enough
-    for command in COMMANDS:
-        importlib.import_module(f"fate.cli.{command}_command").register(app)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        app(args=argv)
+        build_app()(args=argv, prog_name="fate")  # exits by itself: 130 on Ctrl-C, 1 where the reader of a pipe left
     except FateError as error:
-        err.print(f"[bold red]error:[/] {_one_line(error)}", highlight=False)
+        print_error(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # what no layer below foresaw: the machine's failure, not a bug to be traced
+        print_error(_describe(error))
         sys.exit(1)
 
 
-def _one_line(error: FateError) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(str(error).split()))
+def _describe(error: OSError) -> str:
+    if error.errno is None:
+        return str(error)
+    reason = error.strerror or str(error)
+    what = f"{error.filename}: {reason}" if error.filename is not None else reason
+    return f"{what}: {_FIXES.get(error.errno, 'see whether the system can read and write there')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from rich.table import Table
 
 from fate.cli import options
-from fate.cli.output import err, out, print_json
+from fate.cli.output import byte_progress, err, out, print_json, print_table, print_words
 from fate.errors import UsageError
 from fate.memory import format_bytes
 
@@ -41,34 +42,39 @@ def bench(
     if not names:
         raise UsageError("no system was named: give --systems load-on-demand,cross-layer")
     workload = Workload(read_text(text), prompt_tokens, new_tokens, repeats)
-    store = ensure_store(model)
+    with byte_progress() as bar:
+        store = ensure_store(model, bar)
     with err.status("measuring the disk") as status:
         _, disk = disk_read_gb_per_s(store.parent)
         result = measure(store, names, workload, status.update, memory=memory, experts=experts, max_context=max_context)
     result["disk_read_gb_per_s"] = disk
-    out.print(_table(result))
-    out.print(
-        f"disk reads {disk:.2f} GB/s here; peak resident {format_bytes(result['peak_resident_bytes'])}", style="dim"
+    print_table(out, _table(result))
+    print_words(
+        out,
+        f"disk reads {disk:.2f} GB/s here; peak resident {format_bytes(result['peak_resident_bytes'])}",
+        style="dim",
     )
     if json:
         print_json(result)
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("system", "slots", "prefill tok/s", "decode tok/s", "range", "hits", "read/token", "link", "stall"):
-        table.add_column(name, justify="left" if name == "system" else "right")
-    for name, row in result["systems"].items():
-        low, high = row["decode_tokens_per_s_range"]
-        table.add_row(
-            name,
-            f"{row['slots']}/{row['experts']}",
-            f"{row['prefill_tokens_per_s']:.1f}",
-            f"{row['decode_tokens_per_s']:.2f}",
-            f"{low:.2f} - {high:.2f}",
-            f"{row['hit_rate']:.1%}",
-            format_bytes(row["bytes_per_token"]),
-            f"{row['link_bytes_per_s'] / 1e9:.2f} GB/s",
-            f"{row['stall_share']:.1%}",
-        )
+    """A column for each system."""
+    table = Table("", *result["systems"], box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, cell in _CELLS.items():
+        table.add_row(name, *(cell(row) for row in result["systems"].values()))
     return table
+
+
+_CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "slots / experts": lambda row: f"{row['slots']}/{row['experts']}",
+    "prefill tok/s": lambda row: f"{row['prefill_tokens_per_s']:.1f}",
+    "decode tok/s": lambda row: f"{row['decode_tokens_per_s']:.2f}",
+    "range": lambda row: "{:.2f} - {:.2f}".format(*row["decode_tokens_per_s_range"]),
+    "hits": lambda row: f"{row['hit_rate']:.1%}",
+    "read per token": lambda row: format_bytes(row["bytes_per_token"]),
+    "link": lambda row: f"{row['link_bytes_per_s'] / 1e9:.2f} GB/s",
+    "stall": lambda row: f"{row['stall_share']:.1%}",
+}

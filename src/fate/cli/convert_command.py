@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fate.cli.output import byte_progress, err, out
+from fate.cli.output import byte_progress, directory_bytes, err, out
 from fate.memory import format_bytes
 
 
@@ -27,11 +28,19 @@ def convert(
     from fate.store.checkpoint import resolve_source
 
     path = resolve_source(source)
-    target = output or Path(f"{path.name}.fate")
-    with byte_progress() as bar:
-        store = convert_checkpoint(
-            path, target, expert_bits=expert_bits, dense_bits=dense_bits, force=force, progress=bar
-        )
-    size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
-    err.print(f"{store}: {format_bytes(size)}; try it with", highlight=False)
-    out.print(f'fate run {store} "Once upon a time"', highlight=False)
+    target = output or Path(f"{_name(source, path)}.fate")
+    try:
+        with byte_progress() as bar:
+            store = convert_checkpoint(
+                path, target, expert_bits=expert_bits, dense_bits=dense_bits, force=force, progress=bar
+            )
+    except KeyboardInterrupt:
+        err.print("stopped: the same command goes on from here")
+        raise
+    err.print(f"{store}: {format_bytes(directory_bytes(store))}; try it with")
+    out.print(f'fate run {shlex.quote(str(store))} "Once upon a time"')
+
+
+def _name(source: str, path: Path) -> str:
+    """A directory's own name, whatever way it was written; of a hub id the last part (its snapshot is a hash)."""
+    return path.resolve().name if Path(source).expanduser().is_dir() else source.rpartition("/")[2]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from fate.cli import options
-from fate.cli.output import err, out, print_json
+from fate.cli.output import err, print_facts, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -25,11 +24,12 @@ def doctor(
 
     with err.status("measuring memory and disk"):
         found = diagnose(path)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    for name, value in found.items():
-        table.add_row(name.replace("_", " "), f"{value:.1f}" if isinstance(value, float) else str(value))
-    out.print(table)
+    print_facts(_readable(name, value) for name, value in found.items())
     if json:
         print_json(found)
+
+
+def _readable(name: str, value: Any) -> tuple[str, str]:
+    if name.endswith("_gb_per_s"):
+        name, value = name.removesuffix("_gb_per_s"), f"{value:.1f} GB/s"
+    return {"o_direct": "O_DIRECT"}.get(name, name.replace("_", " ")), str(value)

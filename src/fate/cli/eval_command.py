@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fate.cli import options
-from fate.cli.output import byte_progress, out, print_json, print_plan, token_progress
+from fate.cli.output import byte_progress, out, print_json, print_plan, print_words, token_progress
 from fate.systems import EXACT
 
 
@@ -27,24 +27,22 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Perplexity of MODEL on a text, in windows that do not overlap."""
-    from transformers import AutoTokenizer
-
     from fate.evaluate import perplexity, read_text
-    from fate.loading import ensure_store, load
+    from fate.loading import ensure_store, load, load_tokenizer
 
     content = read_text(text)
     with byte_progress() as bar:
         store = ensure_store(model, bar)
-    ids = AutoTokenizer.from_pretrained(store)(content, return_tensors="pt").input_ids[0, :max_tokens]
+    ids = load_tokenizer(store)(content, return_tensors="pt").input_ids[0, :max_tokens]
     loading = load(store, memory=memory, experts=experts, system=system, max_context=max_context, on_plan=print_plan)
     with loading as loaded, token_progress() as bar:
         chunk = loaded.fate.envelope.max_rows_per_forward
         result = perplexity(loaded, ids, window=max_context, chunk=chunk, progress=bar)
         stats = loaded.fate.stats().total
-    out.print(
+    print_words(
+        out,
         f"perplexity {result.perplexity:.4f} · {result.nats_per_token:.4f} nats/token · {result.tokens} tokens · "
         f"{result.tokens_per_s:.1f} tok/s · hit rate {stats.hit_rate:.1%}",
-        highlight=False,
     )
     if json:
         print_json(

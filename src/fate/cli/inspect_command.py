@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.table import Table
 
 from fate.cli import options
-from fate.cli.output import out, print_json
+from fate.cli.output import print_facts, print_json
+from fate.errors import FateError
 from fate.memory import format_bytes, format_memory_argument
 
 
@@ -21,17 +22,16 @@ def register(app: typer.Typer) -> None:
 def inspect(model: options.Model, max_context: options.MaxContext = None, json: options.Json = False) -> None:
     """Family, layers, experts, bytes at each precision, bits per weight, smallest legal budget."""
     from fate.inspection import inspect_model
+    from fate.loading import load_tokenizer
     from fate.store.checkpoint import resolve_source
     from fate.store.reader import is_store
 
-    found = inspect_model(Path(model) if is_store(model) else resolve_source(model), max_context)
+    path = Path(model) if is_store(model) else resolve_source(model)
+    with suppress(FateError):
+        load_tokenizer(path)  # resident in `fate run` too, and not small where the vocabulary is large
+    found = inspect_model(path, max_context)
     report = _report(found)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    for name, value in _rows(found, report):
-        table.add_row(name, value)
-    out.print(table)
+    print_facts(_rows(found, report))
     if json:
         print_json(report)
 
@@ -51,7 +51,8 @@ def _report(found: Any) -> dict[str, Any]:
         "dense_bytes": found.dense_bytes,
         "max_context": found.envelope.max_context,
         "smallest_budget_bytes": found.needs.smallest,
-        "resident_budget_bytes": found.needs.fixed + found.needs.max_slots * found.needs.slot,
+        "resident_budget_bytes": found.needs.smallest
+        + (found.needs.max_slots - found.needs.min_slots) * found.needs.slot,
         "prediction": sum(layer.router is not None for layer in found.layers),
         "fused_kernel": sum(layer.is_swiglu for layer in found.layers),
     }
@@ -61,9 +62,10 @@ def _rows(found: Any, report: dict[str, Any]) -> list[tuple[str, str]]:
     counts = Counter(layer.num_experts for layer in found.layers)
     experts = ", ".join(f"{layers} layers x {experts}" for experts, layers in counts.items())
     shapes = Counter(tuple(f"{m.name} {m.rows}x{m.cols}" for m in layer.matrices) for layer in found.header.layers)
-    kind = f"store, {found.codec} experts" if found.is_store else "checkpoint (figures: as fate convert would write it)"
+    kind = f"store, {found.codec} experts" if found.is_store else "checkpoint; figures are of what it converts to"
     rows = [
-        ("model", f"{found.path} ({kind})"),
+        ("model", str(found.path)),
+        ("kind", kind),
         ("family", found.model_type),
         ("experts", f"{experts}, {found.top_k} per token, {report['expert_weights'] / 1e9:.2f} B weights"),
         ("matrices", "; ".join(", ".join(shape) for shape in shapes)),

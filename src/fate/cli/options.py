@@ -17,6 +17,6 @@ Experts = Annotated[
     str | None, typer.Option(help="At most this share (25%) or number of all experts in memory, whatever the budget.")
 ]
 SystemName = Annotated[str, typer.Option("--system", help=f"One of: {', '.join(system_names())}.")]
-MaxContext = Annotated[int | None, typer.Option(help="Tokens of prompt and generation the plan covers.")]
+MaxContext = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and generation the plan covers.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No plan, no summary.")]

@@ -1,27 +1,77 @@
-"""What the commands show: two consoles, the memory plan as a table, byte progress with rate and ETA, JSON."""
+"""What the commands show: two consoles, tables, the memory plan, progress bars with rate and ETA, errors, JSON.
+
+Bars and colours are for terminals. Anywhere else a table is a line a row, however long, and a bar is nothing.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from fate.memory import MemoryPlan, format_bytes
 from fate.systems import System
 
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, soft_wrap=True)
+# What is printed holds paths and users' words: brackets and colons in them are no markup.
+out = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+err = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, stderr=True)
+
+_UNLIMITED = 10_000  # columns
+
+
+def directory_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def print_error(message: str) -> None:
+    """One line on standard error, whatever the message holds."""
+    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())))
+
+
+def print_words(console: Console, text: str, style: str = "") -> None:
+    """A sentence: broken between words on a terminal, one line elsewhere."""
+    console.print(text, style=style, soft_wrap=not console.is_terminal)
 
 
 def print_json(document: dict[str, Any]) -> None:
     """One JSON object on one line of standard output: always a command's last line."""
     print(json.dumps(document, sort_keys=True), flush=True)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Folded to the width of a terminal; elsewhere a line a row, without padding at the end."""
+    if console.is_terminal:
+        console.print(table, soft_wrap=False)
+        return
+    with console.capture() as captured:
+        console.print(table, soft_wrap=False, width=_UNLIMITED)
+    for line in captured.get().splitlines():
+        console.print(line.rstrip())
+
+
+def print_facts(rows: Iterable[tuple[str, str]]) -> None:
+    """Names and values in two columns on standard output."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    print_table(out, table)
 
 
 def print_plan(plan: MemoryPlan, system: System) -> None:
@@ -32,34 +82,46 @@ def print_plan(plan: MemoryPlan, system: System) -> None:
     table.add_column(style="dim")
     for name, size, note in plan.rows():
         table.add_row(name, format_bytes(size), note)
-    table.add_row("[bold]total[/]", f"[bold]{format_bytes(plan.total)}[/]", f"of {format_bytes(plan.budget)}")
-    err.print(f"[bold]system {system.name}[/]" + ("" if system.exact else " [yellow](lossy)[/]"))
-    err.print(table)
+    table.add_row(Text("total", "bold"), Text(format_bytes(plan.total), "bold"), f"of {format_bytes(plan.budget)}")
+    err.print(Text.assemble((f"system {system.name}", "bold"), "" if system.exact else (" (lossy)", "yellow")))
+    print_table(err, table)
 
 
 @contextmanager
 def token_progress() -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error driven by callback(done_tokens, total_tokens)."""
-    columns = (BarColumn(), TextColumn("{task.completed}/{task.total} tokens"), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("tokens", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with _bar(TextColumn("{task.completed}/{task.total} tokens"), TimeRemainingColumn()) as update:
+        yield lambda done, total: update(done, total, "")
 
 
 @contextmanager
-def byte_progress() -> Iterator[Callable[[int, int, str], None]]:
+def byte_progress(verb: str = "converting") -> Iterator[Callable[[int, int, str], None]]:
     """A bar on standard error driven by callback(done_bytes, total_bytes, what)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("starting", total=None)
+    columns = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with _bar(*columns) as update:
+        yield lambda done, total, what: update(done, total, f"{verb} {_part(what):<19}")
 
-        def update(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, description=what)
 
+def _part(what: str) -> str:
+    """What is being written, in few and steady words: a bar that moves sideways cannot be read."""
+    return what if what.startswith("layer ") else "dense weights"
+
+
+@contextmanager
+def _bar(*columns: ProgressColumn) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar that appears with the first call and is gone at the end; nothing where no one watches."""
+    words = TextColumn("{task.description}", style="dim")
+    progress = Progress(words, BarColumn(None), *columns, console=err, transient=True, disable=not err.is_terminal)
+    task = progress.add_task("", start=False)
+
+    def update(done: int, total: int, description: str) -> None:
+        if not progress.live.is_started:
+            progress.start()
+            progress.start_task(task)
+            progress.update(task, completed=done)  # what an earlier run wrote does not count as this one's speed
+        progress.update(task, completed=done, total=total, description=description)
+
+    try:
         yield update
+    finally:
+        progress.stop()

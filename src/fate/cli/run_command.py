@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Annotated, Any
 
 import typer
 
 from fate.cli import options
-from fate.cli.output import byte_progress, err, print_json, print_plan
-from fate.errors import EmptyPromptError, UsageError
-from fate.systems import EXACT
+from fate.cli.output import byte_progress, err, print_json, print_plan, print_words
+from fate.errors import EmptyPromptError, FateError, UsageError
+from fate.memory import MemoryPlan, format_bytes
+from fate.systems import EXACT, System
 
 
 def register(app: typer.Typer) -> None:
@@ -26,54 +28,73 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
     max_context: options.MaxContext = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 picks the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this probability in all.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0: all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already used become less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampler.")] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Continue PROMPT with MODEL inside a memory budget."""
-    if not prompt:
-        raise EmptyPromptError()
+    _check(prompt, temperature, top_p, repetition_penalty)
     import torch
-    from transformers import AutoTokenizer
 
-    from fate.loading import ensure_store, load
+    from fate.loading import ensure_store, load, load_tokenizer
+    from fate.runtime.session import check_envelope
 
     with byte_progress() as bar:
         store = ensure_store(model, bar)
-    tokenizer = AutoTokenizer.from_pretrained(store)
+    tokenizer = load_tokenizer(store)
     ids = _encode(tokenizer, prompt, chat)
-    with load(
-        store,
-        memory=memory,
-        experts=experts,
-        system=system,
-        max_context=max_context,
-        on_plan=(lambda *_: None) if quiet else print_plan,
-    ) as loaded:
+
+    def on_plan(plan: MemoryPlan, chosen: System) -> None:
+        check_envelope(plan.envelope, batch=1, tokens=1, context=ids.shape[1] + max_new_tokens)
+        if not quiet:
+            print_plan(plan, chosen)
+
+    limits: dict[str, Any] = {"memory": memory, "experts": experts, "max_context": max_context}
+    with load(store, system=system, on_plan=on_plan, **limits) as loaded:
         if seed is not None:
             torch.manual_seed(seed)
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
         streamer = _TimedStreamer(tokenizer, prompt_tokens=ids.shape[1])
         start = time.perf_counter()
-        loaded.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=streamer,
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            repetition_penalty=repetition_penalty,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
+        try:
+            loaded.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=streamer,
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                repetition_penalty=repetition_penalty,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                **sampling,
+            )
+        except (KeyboardInterrupt, FateError):
+            streamer.end()  # what comes next begins on a line of its own
+            raise
         report = _report(loaded, streamer, start)
     if not quiet:
-        err.print(_summary(report), style="dim", highlight=False)
+        print_words(err, _summary(report), style="dim")
     if json:
         print_json(report)
+
+
+def _check(prompt: str, temperature: float, top_p: float, repetition_penalty: float) -> None:
+    """Refuse what would only fail, or give nonsense, once the model is loaded."""
+    if not prompt:
+        raise EmptyPromptError()
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is not UTF-8 text: write it in UTF-8") from None
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"temperature {temperature} is not valid: give 0 (the likeliest token) or a positive number")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top-p {top_p} is not valid: give a number above 0 and at most 1")
+    if not 0 < repetition_penalty < math.inf:
+        raise UsageError(f"repetition penalty {repetition_penalty} is not valid: give a positive number, 1 for none")
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
@@ -134,8 +155,6 @@ def _report(model: Any, streamer: _TimedStreamer, start: float) -> dict[str, Any
 
 
 def _summary(report: dict[str, Any]) -> str:
-    from fate.memory import format_bytes
-
     if report["ttft_s"] is None:
         return "no token was generated"
     rate = report["decode_tokens_per_s"]

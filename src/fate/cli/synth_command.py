@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fate.cli.output import byte_progress, err
+from fate.cli.output import byte_progress, directory_bytes, err
+from fate.memory import format_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +25,6 @@ def synth(
     """Write a store with the shapes of NAME and random weights. Its text is noise: feed it a fixed sequence."""
     from fate.synth import synth as write_store
 
-    with byte_progress() as bar:
+    with byte_progress("writing") as bar:
         store = write_store(name, output, seed=seed, dense_bits=dense_bits, num_layers=num_layers, progress=bar)
-    err.print(f"{store} written", highlight=False)
+    err.print(f"{store}: {format_bytes(directory_bytes(store))} written")

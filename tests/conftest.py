@@ -1,4 +1,4 @@
-"""What every test shares: two threads, no network, and the optional data beside the checkout."""
+"""What every test shares: one thread, no network, and the optional data beside the checkout."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch, and inherited by the processes that tests start: the suite is tuned for two cores,
-# and more threads than cores (or than a tiny model can use) only slow it down.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# Before anything imports torch, and inherited by the processes that tests start. One thread: tiny models gain nothing
+# from more, and on a busy machine every barrier between threads may cost a time slice.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -3,8 +3,18 @@
 import pytest
 
 from fate.core import Envelope
-from fate.errors import BudgetTooSmallError, MemorySizeError
-from fate.memory import GIB, MIB, RUNTIME_SLACK_BYTES, Needs, default_budget, format_bytes, make_plan, parse_experts, parse_memory
+from fate.errors import BudgetTooSmallError, ExpertShareError, MemorySizeError
+from fate.memory import (
+    GIB,
+    MIB,
+    RUNTIME_SLACK_BYTES,
+    Needs,
+    default_budget,
+    format_bytes,
+    make_plan,
+    parse_experts,
+    parse_memory,
+)
 
 NEEDS = Needs(
     runtime=400 * MIB,
@@ -42,7 +52,7 @@ def test_expert_shares(value, slots):
 
 @pytest.mark.parametrize("value", ["0%", "-3", "many", "%", 0, -0.5])
 def test_expert_shares_that_are_none(value):
-    with pytest.raises(MemorySizeError):
+    with pytest.raises(ExpertShareError):
         parse_experts(value, 960)
 
 

@@ -1,6 +1,6 @@
 """Value types every other module speaks in. Standard library only; nothing here does any work.
 
->>> Routing(layer=3, tokens_per_expert={7: 2, 1: 1}).experts
+>>> Routing(layer=3, pairs_per_expert={7: 2, 1: 1}).experts
 (7, 1)
 """
 
@@ -31,27 +31,19 @@ class Precision(enum.IntEnum):
     FULL = 16
 
 
-class Tier(enum.Enum):
-    """Where expert bytes can live, fastest first."""
-
-    DEVICE = "device"
-    HOST = "host"
-    DISK = "disk"
-
-
 @dataclass(frozen=True)
 class Routing:
     """What a router decided for one layer in one step.
 
-    tokens_per_expert: expert id -> number of tokens routed to it with non-zero weight, most popular first.
+    pairs_per_expert: expert id -> number of (token, rank) pairs routed to it with non-zero weight, most popular first.
     """
 
     layer: int
-    tokens_per_expert: dict[int, int]
+    pairs_per_expert: dict[int, int]
 
     @property
     def experts(self) -> tuple[int, ...]:
-        return tuple(self.tokens_per_expert)
+        return tuple(self.pairs_per_expert)
 
 
 @dataclass(frozen=True)
@@ -71,15 +63,17 @@ class StepStats:
     """Counters of one or more forward passes. Times in seconds, sizes in bytes.
 
     accesses = hits + misses; a hit is an expert resident (at the precision wanted) when its layer acquired it,
-    cached or prefetched. Of the `uncached` experts (needed, and not in the layer's cache), `covered` were named by
-    the predictor before routing was known, `prefetch_hits` had arrived and `late_prefetches` were on their way.
-    `prefetch_used_bytes` of `prefetch_bytes` were acquired by the layer they were read for.
+    cached or prefetched. `first_accesses` are those of experts never accessed before. Of the `uncached` experts
+    (needed, and not in the layer's cache), `covered` were named by the predictor before routing was known,
+    `prefetch_hits` had arrived and `late_prefetches` were on their way. `prefetch_used_bytes` of `prefetch_bytes` were
+    acquired by the layer they were read for.
     """
 
     tokens: int = 0
     forwards: int = 0
     accesses: int = 0
     hits: int = 0
+    first_accesses: int = 0
     uncached: int = 0
     covered: int = 0
     prefetch_hits: int = 0

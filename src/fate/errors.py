@@ -33,11 +33,23 @@ class MemorySizeError(UsageError):
         super().__init__(f"memory size {value!r} is not valid: write a positive size such as 6GiB, 900MB or 4096MiB")
 
 
-class ExpertShareError(MemorySizeError):
+class ExpertShareError(UsageError):
     """A share or number of experts that cannot be read, or is not positive."""
 
     def __init__(self, value: object) -> None:
-        UsageError.__init__(self, f"experts {value!r} is not valid: write a share such as 25% or a positive number")
+        super().__init__(f"experts {value!r} is not valid: write a share such as 25% or a positive number")
+
+
+class BudgetTooLargeError(UsageError):
+    """More than this machine (or its cgroup) has free."""
+
+    def __init__(self, planned_bytes: int, available_bytes: int) -> None:
+        from fate.memory import format_bytes, format_memory_argument
+
+        super().__init__(
+            f"the plan needs {format_bytes(planned_bytes)} and {format_bytes(available_bytes)} are free: "
+            f"give a budget of at most {format_memory_argument(available_bytes)}"
+        )
 
 
 class BudgetTooSmallError(UsageError):

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from fate.errors import UsageError
+from fate.runtime.session import FateModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        return math.exp(min(self.nats_per_token, 700.0))
 
     @property
     def tokens_per_s(self) -> float:
@@ -55,8 +56,8 @@ def perplexity(
 ) -> Evaluation:
     """Perplexity of token ids [tokens] in windows of `window` tokens that do not overlap; the first token of a window
     is given, the others are predicted. `chunk` tokens go through the model at a time (1: as decoding does)."""
-    if len(ids) < 2:
-        raise UsageError(f"the text has {len(ids)} tokens: perplexity needs at least 2")
+    if len(ids) < 2 or window < 2:
+        raise UsageError(f"{len(ids)} tokens in windows of {window}: perplexity needs at least 2 of each")
     start, total, count = time.perf_counter(), 0.0, 0
     for first in range(0, len(ids) - 1, window):
         piece = ids[first : first + window]
@@ -70,7 +71,7 @@ def perplexity(
 
 
 def _window_nats(model: PreTrainedModel, ids: torch.Tensor, chunk: int) -> float:
-    cache = DynamicCache(config=model.config)
+    cache = model.fate.new_cache(model.config) if isinstance(model, FateModel) else DynamicCache(config=model.config)
     total = 0.0
     for at in range(0, len(ids) - 1, chunk):
         given = ids[at : min(at + chunk, len(ids) - 1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -13,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from fate.convert import convert, transformers_config
 from fate.errors import StoreError, UsageError
-from fate.memory import MemoryPlan, format_bytes
+from fate.memory import MemoryPlan, format_bytes, parse_experts, parse_memory
 from fate.runtime import quantizer as quantizer  # registers the store's format with transformers
 from fate.runtime.assembly import LoadOptions
 from fate.runtime.planning import DEFAULT_PREFILL_CHUNK
 from fate.runtime.session import FateModel
-from fate.store.checkpoint import resolve_source
+from fate.store.checkpoint import Checkpoint, resolve_source
 from fate.store.reader import is_store, read_config
 from fate.systems import EXACT, System, resolve_system
 
@@ -52,9 +51,13 @@ def load(
     Raises a FateError: ModelNotFoundError, NotMoEError, UnsupportedModelError, CheckpointError, StoreError,
     MemorySizeError, BudgetTooSmallError, UnknownNameError.
     """
-    for name, value in (("max_context", max_context), ("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name}={value} is not valid: give a whole number of at least 1")
+    if memory is not None:
+        memory = parse_memory(memory)  # before a conversion that may take minutes
+    parse_experts(experts, total=1)
+    counts = {"max_context": max_context, "max_batch": max_batch, "prefill_chunk": prefill_chunk}
+    for name, value, least in [*((n, v, 1) for n, v in counts.items()), ("logit_rows", logit_rows, max_batch)]:
+        if value is not None and value < least:
+            raise UsageError(f"{name}={value} is not valid: give a whole number of at least {least}")
     options = LoadOptions(
         memory, experts, resolve_system(system), max_context, max_batch, prefill_chunk, logit_rows, on_plan or log_plan
     )
@@ -71,7 +74,8 @@ def ensure_store(model: str | os.PathLike[str], on_convert: Progress | None = No
         return Path(model)
     source = resolve_source(os.fspath(model))
     name = Path(model).name  # a hub id's last part; the snapshot directory it resolves to is called by a hash
-    store = cache_directory() / f"{name}-{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]}"
+    with Checkpoint(source) as checkpoint:
+        store = cache_directory() / f"{name}-{checkpoint.fingerprint()[:12]}"
     return store if is_store(store) else convert(source, store, progress=on_convert)
 
 

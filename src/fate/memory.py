@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fate.core import Envelope
-from fate.errors import BudgetTooSmallError, ExpertShareError, MemorySizeError
+from fate.errors import BudgetTooLargeError, BudgetTooSmallError, ExpertShareError, MemorySizeError
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -71,18 +71,21 @@ def available_bytes() -> int:
 
 
 def cgroup_limit_bytes() -> int | None:
-    """The tightest memory limit of this process's cgroup (v1 or v2), None when there is none."""
+    """The tightest memory limit of this process's cgroups and their parents (v1 or v2), None when there is none."""
     limits = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            files = Path("/sys/fs/cgroup" + path) / "memory.max"
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
         elif "memory" in controllers.split(","):
-            files = Path("/sys/fs/cgroup/memory" + path) / "memory.limit_in_bytes"
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
         else:
             continue
-        if files.is_file() and (text := files.read_text().strip()).isdigit():
-            limits.append(int(text))
+        group = root / path.lstrip("/")
+        for level in (group, *group.parents):  # in a container the path is often the host's; the root's file is ours
+            if level.is_relative_to(root) and (level / name).is_file():
+                text = (level / name).read_text().strip()
+                limits += [int(text)] if text.isdigit() else []
     return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 
@@ -155,6 +158,12 @@ def make_plan(budget: int, envelope: Envelope, needs: Needs, max_experts: int | 
     if max_experts is not None:
         slots = min(slots, max(max_experts, needs.min_slots))
     return MemoryPlan(budget, envelope, needs, min(slots, needs.max_slots))
+
+
+def check_available(plan: MemoryPlan, available: int) -> None:
+    """Raise BudgetTooLargeError for a plan that this machine could only begin to carry out."""
+    if plan.total > available:
+        raise BudgetTooLargeError(plan.total, available)
 
 
 def parse_experts(value: str | int | float | None, total: int) -> int | None:

@@ -15,13 +15,13 @@ from fate.synth import synth
 RUN = """
 import json, resource, sys, torch, fate
 from fate.errors import BudgetTooSmallError
-store, memory, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
+store, memory, tokens, experts = sys.argv[1], sys.argv[2], int(sys.argv[3]), None
 if memory == "smallest":
     try:
         fate.load(store, memory=1, max_context=tokens + 64)
     except BudgetTooSmallError as refusal:
-        memory = refusal.smallest_bytes
-with fate.load(store, memory=int(memory), max_context=tokens + 64) as model:
+        memory, experts = refusal.smallest_bytes, 1
+with fate.load(store, memory=int(memory), experts=experts, max_context=tokens + 64) as model:
     ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0))
     model.generate(ids, max_new_tokens=48, do_sample=False)
     stats = model.fate.stats()
@@ -91,5 +91,3 @@ def test_inside_a_cgroup_of_exactly_the_budget(full_width_store):
         assert done.returncode == 0, done.stderr
         assert "oom_kill 0" in (group / "memory.oom_control").read_text()
         assert json.loads(done.stdout.splitlines()[-1])["evictions"] > 0
-
-

@@ -1,15 +1,26 @@
 """Damage and failure: a typed error reaches the caller, nothing hangs, no thread stays behind."""
 
+import gc
 import os
+import random
 import shutil
+import signal
 import threading
+import time
 
 import pytest
 import torch
 
 import fate
-from fate.core import ExpertKey
-from fate.errors import ChecksumError, StoreError, StoreMismatchError, StoreVersionError, TransferError
+from fate.errors import (
+    BudgetTooSmallError,
+    ChecksumError,
+    ClosedError,
+    StoreError,
+    StoreMismatchError,
+    StoreVersionError,
+    TransferError,
+)
 from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE, StoreReader
 from tiny import tiny_store
 
@@ -162,9 +173,84 @@ def test_an_exception_in_the_forward_leaves_no_pins(mini_store, prompt):
             generate(model, prompt)
         handle.remove()
         assert torch.equal(generate(model, prompt), expected)
-        manager = model.model.layers[0].mlp.experts.fate_layer._manager
-        keys = [ExpertKey(layer, expert) for layer in range(16) for expert in range(60)]
-        assert not any(entry.pins for key in keys if (entry := manager.cache.lookup(key)))
+
+
+def manager_of(model):
+    return next(m.fate_layer for m in model.modules() if hasattr(m, "fate_layer"))._manager
+
+
+def test_interrupted_anywhere_the_next_run_is_right(prompt):
+    """SIGALRM raises KeyboardInterrupt at random points of the forward; afterwards every bit is as before."""
+    ids, rng = prompt[:, :6], random.Random(0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with fate.load(tiny_store("qwen2_moe"), experts="40%") as model, torch.inference_mode():
+            expected = model(ids).logits
+            start = time.perf_counter()
+            model(ids)
+            span, interrupted = time.perf_counter() - start, 0
+            for _ in range(150):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, rng.random() * span + 1e-5)
+                    model(ids)
+                except KeyboardInterrupt:
+                    interrupted += 1
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                assert torch.equal(model(ids).logits, expected)
+                manager = manager_of(model)
+                assert not manager.cache.pinned
+                assert not manager.lock._is_owned()
+            assert interrupted > 30
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_closed_under_a_running_forward(prompt):
+    """The forward ends with ClosedError or with the right bits, never with others."""
+    outcomes = set()
+    for delay in range(12):
+        with fate.load(tiny_store("qwen2_moe"), experts=1) as model, torch.inference_mode():
+            expected = model(prompt).logits
+            closer = threading.Timer(delay * 1e-3, model.fate.close)
+            closer.start()
+            for _ in range(200):
+                try:
+                    assert torch.equal(model(prompt).logits, expected)
+                except ClosedError:
+                    outcomes.add("closed")
+                    break
+            closer.join()
+    assert outcomes == {"closed"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_told(prompt):
+    with fate.load(tiny_store("qwen2_moe"), experts=1) as model:
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            try:
+                model(prompt)
+            except TransferError as error:
+                os._exit(0 if "transfer threads are gone" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_refused_loads_leave_no_file_open():
+    store = tiny_store("qwen2_moe")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(BudgetTooSmallError):
+            fate.load(store, memory=1 << 20)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 def test_interrupted_in_the_middle_of_a_lease(mini_store, prompt, monkeypatch):

@@ -41,7 +41,7 @@ def test_stats_account_for_every_access(model, prompt):
     assert stats.prefill.tokens == prompt.shape[1]
     assert stats.prefill.forwards == 2, "48 tokens in chunks of 32"
     assert 0 < stats.decode.hit_rate < 1
-    assert 0 < stats.decode.stall_share < 1
+    assert 0 <= stats.decode.stall_share < 1
     assert 0 <= stats.decode.wasted_bytes <= stats.decode.bytes_moved
     assert 0.5 < stats.decode.coverage <= 1
 

@@ -26,7 +26,7 @@ GOLDEN_JSON = (
     b'{"cols":4,"name":"down_proj","rows":64}],"module":"model.layers.0.mlp.experts","num_experts":2}],'
     b'"model_type":"qwen2_moe"}'
 )
-GOLDEN_PREAMBLE = b"FATESTOR" + bytes.fromhex("01000000e5000000")
+GOLDEN_PREAMBLE = b"FATESTOR" + bytes.fromhex("01000000e1000000")
 
 
 def swiglu(hidden, intermediate):

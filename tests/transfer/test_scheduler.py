@@ -7,7 +7,7 @@ import pytest
 
 from fate.core import ExpertKey
 from fate.errors import ChecksumError, ClosedError, TransferError
-from fate.transfer.scheduler import PREFETCH_CHUNK_BYTES, State, TransferScheduler, raise_if_failed
+from fate.transfer.scheduler import PREFETCH_CHUNK_BYTES, State, Transfer, TransferScheduler, require_done
 
 
 class GatedSource:
@@ -59,6 +59,17 @@ def make(request):
         scheduler.close()
 
 
+def demand(scheduler, expert, length=10):
+    transfer = Transfer(key(expert), expert, 0, length)
+    scheduler.demand(transfer)
+    return transfer
+
+
+def prefetch(scheduler, expert, length=10, confidence=0.9):
+    transfer = Transfer(key(expert), expert, 0, length, demand=False, confidence=confidence)
+    return transfer if scheduler.prefetch(transfer) else None
+
+
 def finish(source, scheduler, *transfers):
     source.permit()
     for transfer in transfers:
@@ -68,39 +79,39 @@ def finish(source, scheduler, *transfers):
 
 def test_demand_overtakes_queued_prefetches(make):
     source, scheduler = make()
-    first = scheduler.demand(key(0), 0, 0, 10)
+    first = demand(scheduler, 0, 10)
     source.started.acquire()
-    guess = scheduler.prefetch(key(1), 1, 0, 10, confidence=0.9)
-    demand = scheduler.demand(key(2), 2, 0, 10)
-    finish(source, scheduler, first, guess, demand)
+    guess = prefetch(scheduler, 1, 10, 0.9)
+    needed = demand(scheduler, 2, 10)
+    finish(source, scheduler, first, guess, needed)
     assert [k.expert for k, _, _ in source.log] == [0, 2, 1]
 
 
 def test_prefetches_go_by_confidence(make):
     source, scheduler = make()
-    blocker = scheduler.demand(key(0), 0, 0, 10)
+    blocker = demand(scheduler, 0, 10)
     source.started.acquire()
-    guesses = [scheduler.prefetch(key(e), e, 0, 10, confidence=c) for e, c in ((1, 0.2), (2, 0.9), (3, 0.5))]
+    guesses = [prefetch(scheduler, e, 10, c) for e, c in ((1, 0.2), (2, 0.9), (3, 0.5))]
     finish(source, scheduler, blocker, *guesses)
     assert [k.expert for k, _, _ in source.log] == [0, 2, 3, 1]
 
 
 def test_no_prefetch_starts_while_a_demand_is_read(make):
     source, scheduler = make(workers=2)
-    demand = scheduler.demand(key(0), 0, 0, 10)
+    needed = demand(scheduler, 0, 10)
     source.started.acquire()
-    guess = scheduler.prefetch(key(1), 1, 0, 10, confidence=0.9)
+    guess = prefetch(scheduler, 1, 10, 0.9)
     time.sleep(0.05)
     assert guess.state is State.QUEUED, "the second worker must leave the link to the demand"
-    finish(source, scheduler, demand, guess)
+    finish(source, scheduler, needed, guess)
 
 
 def test_a_prefetch_steps_aside_between_chunks(make):
     source, scheduler = make()
-    guess = scheduler.prefetch(key(1), 1, 0, 3 * PREFETCH_CHUNK_BYTES, confidence=0.9)
+    guess = prefetch(scheduler, 1, 3 * PREFETCH_CHUNK_BYTES, 0.9)
     source.started.acquire()
-    demand = scheduler.demand(key(2), 2, 0, 10)
-    finish(source, scheduler, demand, guess)
+    needed = demand(scheduler, 2, 10)
+    finish(source, scheduler, needed, guess)
     assert [(k.expert, offset) for k, offset, _ in source.log] == [
         (1, 0),
         (2, 0),
@@ -111,28 +122,53 @@ def test_a_prefetch_steps_aside_between_chunks(make):
 
 def test_a_prefetch_in_flight_is_upgraded_not_repeated(make):
     source, scheduler = make()
-    guess = scheduler.prefetch(key(1), 1, 0, 2 * PREFETCH_CHUNK_BYTES, confidence=0.9)
+    guess = prefetch(scheduler, 1, 2 * PREFETCH_CHUNK_BYTES)
     source.started.acquire()
-    demand = scheduler.demand(key(1), 7, 0, 2 * PREFETCH_CHUNK_BYTES)
-    assert demand is guess
-    finish(source, scheduler, guess)
-    assert source.log == [(key(1), 0, PREFETCH_CHUNK_BYTES), (key(1), PREFETCH_CHUNK_BYTES, PREFETCH_CHUNK_BYTES)]
-    assert scheduler.stats.demand_bytes + scheduler.stats.prefetch_bytes == 2 * PREFETCH_CHUNK_BYTES
+    assert scheduler.upgrade(guess) == 0
+    other = demand(scheduler, 2)
+    finish(source, scheduler, guess, other)
+    expected = [(1, 0, PREFETCH_CHUNK_BYTES), (1, PREFETCH_CHUNK_BYTES, PREFETCH_CHUNK_BYTES), (2, 0, 10)]
+    assert [(k.expert, offset, length) for k, offset, length in source.log] == expected, (
+        "it does not step aside any more"
+    )
+    assert scheduler.stats.demand_bytes == 2 * PREFETCH_CHUNK_BYTES + 10
+    assert scheduler.stats.prefetch_bytes == 0
 
 
-def test_the_same_guess_is_read_once(make):
+def test_a_queued_prefetch_is_upgraded_in_order(make):
     source, scheduler = make()
-    guess = scheduler.prefetch(key(1), 1, 0, 10, confidence=0.9)
-    assert scheduler.prefetch(key(1), 2, 0, 10, confidence=0.9) is None
-    finish(source, scheduler, guess)
-    assert len(source.log) == 1
+    first = demand(scheduler, 0)
+    source.started.acquire()
+    guesses = [prefetch(scheduler, 1, 10, 0.9), prefetch(scheduler, 2, 10, 0.1)]
+    scheduler.upgrade(guesses[1])
+    finish(source, scheduler, first, *guesses)
+    assert [k.expert for k, _, _ in source.log] == [0, 2, 1]
+
+
+def test_quiesce_forgets_all_and_waits_for_the_reads_under_way(make):
+    source, scheduler = make()
+    reading = demand(scheduler, 0)
+    source.started.acquire()
+    queued = [demand(scheduler, 1), prefetch(scheduler, 2, 10, 0.5)]
+    waiter = threading.Thread(target=scheduler.quiesce)
+    waiter.start()
+    time.sleep(0.05)
+    assert waiter.is_alive(), "a read still writes to its slot"
+    source.permit()
+    waiter.join(timeout=5)
+    assert not waiter.is_alive()
+    assert {t.state for t in (reading, *queued)} == {State.CANCELLED}
+    assert [k.expert for k, _, _ in source.log] == [0]
+    again = demand(scheduler, 3)
+    finish(source, scheduler, again)
+    assert again.state is State.DONE
 
 
 def test_cancelled_before_it_starts_reads_nothing(make):
     source, scheduler = make()
-    blocker = scheduler.demand(key(0), 0, 0, 10)
+    blocker = demand(scheduler, 0, 10)
     source.started.acquire()
-    guess = scheduler.prefetch(key(1), 1, 0, 10, confidence=0.9)
+    guess = prefetch(scheduler, 1, 10, 0.9)
     assert scheduler.cancel(guess)
     assert guess.state is State.CANCELLED
     finish(source, scheduler, blocker)
@@ -141,14 +177,15 @@ def test_cancelled_before_it_starts_reads_nothing(make):
 
 def test_cancelled_while_reading_stops_at_the_next_chunk(make):
     source, scheduler = make()
-    guess = scheduler.prefetch(key(1), 1, 0, 5 * PREFETCH_CHUNK_BYTES, confidence=0.9)
+    guess = prefetch(scheduler, 1, 5 * PREFETCH_CHUNK_BYTES, 0.9)
     source.started.acquire()
     assert not scheduler.cancel(guess), "its slot is still being written"
-    again = scheduler.demand(key(1), 3, 0, 10)
-    assert again is not guess
+    again = demand(scheduler, 1, 10)
     finish(source, scheduler, guess, again)
     assert guess.state is State.CANCELLED
     assert guess.bytes_read == PREFETCH_CHUNK_BYTES
+    with pytest.raises(ClosedError):
+        require_done(guess)
     assert again.state is State.DONE
 
 
@@ -156,8 +193,8 @@ def test_byte_cap():
     source = GatedSource()
     scheduler = TransferScheduler(source, workers=1, prefetch_cap_bytes=25)
     try:
-        assert scheduler.prefetch(key(1), 1, 0, 20, confidence=0.9) is not None
-        assert scheduler.prefetch(key(2), 2, 0, 20, confidence=0.9) is None
+        assert prefetch(scheduler, 1, 20, 0.9) is not None
+        assert prefetch(scheduler, 2, 20, 0.9) is None
     finally:
         source.permit()
         scheduler.close()
@@ -165,25 +202,27 @@ def test_byte_cap():
 
 def test_a_failure_reaches_the_waiter_typed(make):
     source, scheduler = make(error=OSError(5, "Input/output error"))
-    transfer = scheduler.demand(key(3), 0, 0, 10)
+    transfer = demand(scheduler, 3, 10)
     finish(source, scheduler, transfer)
     with pytest.raises(TransferError, match=r"layer 0 expert 3 failed: .*Input/output error"):
-        raise_if_failed(transfer)
+        require_done(transfer)
 
 
 def test_a_typed_failure_stays_what_it_is(make):
     source, scheduler = make(verify_error=ChecksumError("damaged"))
-    transfer = scheduler.demand(key(3), 0, 0, 10)
+    transfer = demand(scheduler, 3, 10)
     finish(source, scheduler, transfer)
     with pytest.raises(ChecksumError, match="damaged"):
-        raise_if_failed(transfer)
-    assert scheduler.demand(key(4), 0, 0, 10) is not None, "the thread lives on"
+        require_done(transfer)
+    again = demand(scheduler, 4)
+    finish(source, scheduler, again)
+    assert again.finished, "the thread lives on"
 
 
 def test_close_stops_every_thread_and_is_repeatable(make):
     source, scheduler = make(workers=3)
     threads = list(scheduler._threads)
-    scheduler.demand(key(0), 0, 0, 10)
+    demand(scheduler, 0, 10)
     source.started.acquire()
     closer = threading.Thread(target=scheduler.close)
     closer.start()
@@ -194,4 +233,4 @@ def test_close_stops_every_thread_and_is_repeatable(make):
     assert source.closed
     scheduler.close()
     with pytest.raises(ClosedError):
-        scheduler.demand(key(1), 0, 0, 10)
+        demand(scheduler, 1, 10)

@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from fate.bench.environment import environment, peak_resident_bytes
 from fate.core import StepStats
@@ -89,7 +88,7 @@ def _tokens(store: Path, workload: Workload) -> torch.Tensor:
 def _run(model: FateModel, ids: torch.Tensor, workload: Workload) -> Pass:
     """A first pass warms the experts' cache; the second is measured."""
     for _ in range(2):
-        cache = DynamicCache(config=model.config)
+        cache = model.fate.new_cache(model.config)
         start = time.perf_counter()
         for piece in ids[:, : workload.prompt_tokens].split(model.fate.envelope.prefill_chunk, dim=1):
             model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -39,16 +39,15 @@ T = TypeVar("T", bound=Finishable)
 class Entry(Generic[T]):
     """One resident (or arriving) expert.
 
-    precision: what the slot's bytes amount to once `transfer` (None: nothing under way) has landed.
-    staged: in the transient region. pins: leases that forbid eviction. prefetched: read before it was asked for.
+    staged: in the transient region. precision: what the slot holds (None: nothing yet). transfer: the read under way.
+    prefetched: read before it was asked for.
     """
 
     key: ExpertKey
     slot: int
     staged: bool
-    precision: Precision = Precision.FULL
+    precision: Precision | None = None
     transfer: T | None = None
-    pins: int = 0
     prefetched: bool = False
 
 
@@ -62,7 +61,14 @@ class ExpertCache(Generic[T]):
         self.transient = transient
         self.num_slots = sum(capacities) + transient
         self.evictions = 0
-        self._policies = [policy(capacity) for capacity in capacities]
+        self.pinned: set[ExpertKey] = set()  # experts a lease computes with: never evicted
+        self._policy = policy
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: all slots free, all policies new."""
+        self.pinned.clear()
+        self._policies = [self._policy(capacity) for capacity in self.capacities]
         self._cached = [0] * len(self.capacities)
         self._staged: dict[ExpertKey, Entry[T]] = {}
         self._entries: dict[ExpertKey, Entry[T]] = {}
@@ -117,9 +123,9 @@ class ExpertCache(Generic[T]):
         """Entries of the transient region, oldest first."""
         return list(self._staged.values())
 
-    def resident(self, layer: int) -> frozenset[int]:
-        """Experts of `layer` that hold a slot, landed or not."""
-        return frozenset(key.expert for key in self._entries if key.layer == layer)
+    def num_cached(self, layer: int) -> int:
+        """Experts `layer` caches, landed or not; staged ones are not among them."""
+        return self._cached[layer]
 
     def _enter(self, entry: Entry[T]) -> Entry[T]:
         if entry.key in self._entries:
@@ -139,8 +145,7 @@ class ExpertCache(Generic[T]):
         """A slot for one more cached expert of `layer`."""
         if self._cached[layer] < self.capacities[layer] and self._free:
             return self._free.pop()
-        pinned = _Pinned(self._entries, layer)
-        victim = self._policies[layer].victim(pinned)
+        victim = self._policies[layer].victim(_Unmovable(self, layer))
         if victim is None:
             return None
         entry = self._entries[ExpertKey(layer, victim)]
@@ -149,14 +154,15 @@ class ExpertCache(Generic[T]):
         return entry.slot
 
 
-class _Pinned(Generic[T]):
-    """`expert in pinned`: it must stay, because a lease holds it or a read still writes to its slot."""
+class _Unmovable(Generic[T]):
+    """`expert in unmovable`: a lease holds it, or a read still writes to its slot."""
 
-    def __init__(self, entries: dict[ExpertKey, Entry[T]], layer: int) -> None:
-        self._entries = entries
+    def __init__(self, cache: ExpertCache[T], layer: int) -> None:
+        self._cache = cache
         self._layer = layer
 
     def __contains__(self, expert: object) -> bool:
         assert isinstance(expert, int)
-        entry = self._entries[ExpertKey(self._layer, expert)]
-        return entry.pins > 0 or (entry.transfer is not None and not entry.transfer.finished)
+        key = ExpertKey(self._layer, expert)
+        transfer = self._cache._entries[key].transfer
+        return key in self._cache.pinned or (transfer is not None and not transfer.finished)

@@ -38,15 +38,17 @@ def bench(
     from fate.loading import ensure_store
     from fate.systems import resolve_system
 
+    options.check_limits(memory, experts)
     names = [resolve_system(name.strip()).name for name in systems.split(",") if name.strip()]
     if not names:
         raise UsageError("no system was named: give --systems load-on-demand,cross-layer")
     workload = Workload(read_text(text), prompt_tokens, new_tokens, repeats)
     with byte_progress() as bar:
         store = ensure_store(model, bar)
-    with err.status("measuring the disk") as status:
-        _, disk = disk_read_gb_per_s(store.parent)
+    with err.status("loading") as status:
         result = measure(store, names, workload, status.update, memory=memory, experts=experts, max_context=max_context)
+        status.update("measuring the disk")
+        _, disk = disk_read_gb_per_s(store.parent)
     result["disk_read_gb_per_s"] = disk
     print_table(out, _table(result))
     print_words(

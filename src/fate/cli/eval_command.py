@@ -30,6 +30,7 @@ def evaluate(
     from fate.evaluate import perplexity, read_text
     from fate.loading import ensure_store, load, load_tokenizer
 
+    options.check_limits(memory, experts, system)
     content = read_text(text)
     with byte_progress() as bar:
         store = ensure_store(model, bar)

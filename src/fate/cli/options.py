@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fate.systems import system_names
+from fate.memory import parse_experts, parse_memory
+from fate.systems import resolve_system, system_names
 
 Model = Annotated[str, typer.Argument(help="A store, a checkpoint directory or a hub id.")]
 Memory = Annotated[
@@ -20,3 +21,12 @@ SystemName = Annotated[str, typer.Option("--system", help=f"One of: {', '.join(s
 MaxContext = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and generation the plan covers.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No plan, no summary.")]
+
+
+def check_limits(memory: str | None, experts: str | None, *systems: str) -> None:
+    """Refuse what `fate.load` would, before the minutes that converting a checkpoint may take."""
+    if memory is not None:
+        parse_memory(memory)
+    parse_experts(experts, total=1)
+    for system in systems:
+        resolve_system(system)

@@ -5,6 +5,7 @@ Bars and colours are for terminals. Anywhere else a table is a line a row, howev
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -58,8 +59,9 @@ def print_table(console: Console, table: Table) -> None:
     if console.is_terminal:
         console.print(table, soft_wrap=False)
         return
-    with console.capture() as captured:
-        console.print(table, soft_wrap=False, width=_UNLIMITED)
+    page = Console(file=io.StringIO(), width=_UNLIMITED, color_system=None, markup=False, emoji=False, highlight=False)
+    with page.capture() as captured:
+        page.print(table)
     for line in captured.get().splitlines():
         console.print(line.rstrip())
 

@@ -38,6 +38,7 @@ def run(
 ) -> None:
     """Continue PROMPT with MODEL inside a memory budget."""
     _check(prompt, temperature, top_p, repetition_penalty)
+    options.check_limits(memory, experts, system)
     import torch
 
     from fate.loading import ensure_store, load, load_tokenizer

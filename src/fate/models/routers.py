@@ -28,6 +28,9 @@ class RouterGate:
         """Remember how the model calls this router; returns the gate input."""
         kwargs = dict(kwargs)
         gate_input = args[0] if args else kwargs.pop("hidden_states", None)
+        extra = (a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.Tensor))
+        if any(not isinstance(a, nn.Parameter) for a in extra):
+            return None  # what belongs to these tokens says nothing of the next
         if isinstance(gate_input, torch.Tensor):
             self._seen = (gate_input.ndim, args[1:], kwargs)
             return gate_input

@@ -8,7 +8,7 @@ a router to them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,10 +25,11 @@ class Gate(Protocol):
 
 @dataclass(frozen=True)
 class PredictorContext:
-    """What a predictor may build on: one gate per MoE layer (None where a router cannot be asked)."""
+    """What a predictor may build on: one gate per MoE layer (None where a router cannot be asked), and whether a layer
+    has experts that are not in memory, without which a guess is not worth making."""
 
     gates: Sequence[Gate | None]
-    num_experts: Sequence[int]
+    incomplete: Callable[[int], bool]
 
 
 class Predictor(ABC):

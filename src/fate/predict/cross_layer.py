@@ -16,7 +16,7 @@ from fate.predict.base import PREDICTORS, Predictor
 class CrossLayerGate(Predictor):
     def predict(self, routing: Routing, gate_input: Any) -> Prediction | None:
         target = routing.layer + 1
-        if target >= len(self.context.gates):
+        if target >= len(self.context.gates) or not self.context.incomplete(target):
             return None
         gate = self.context.gates[target]
         ranked = gate.rank(gate_input) if gate is not None else None

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from fate.cache import ALLOCATIONS, POLICIES, ExpertCache
-from fate.memory import MemoryPlan, default_budget, make_plan, parse_experts, parse_memory
+from fate.memory import (
+    MemoryPlan,
+    available_bytes,
+    check_available,
+    default_budget,
+    make_plan,
+    parse_experts,
+    parse_memory,
+)
 from fate.models.adapter import MoELayer
 from fate.models.routers import RouterGate
 from fate.precision import PRECISIONS
@@ -59,18 +67,17 @@ class Assembly:
         capacities = shares(counts, self._plan.num_slots - self._transient, planning.LAYER_FLOOR)
         cache: ExpertCache[Transfer] = ExpertCache(capacities, self._transient, POLICIES.get(self._system.policy))
         pool = SlotPool(cache.num_slots, header.max_record_bytes)
-        scheduler = TransferScheduler(DiskSource(self._reader, pool.view))
+        guesses = self._transient * header.max_record_bytes  # what the transient region holds
+        scheduler = TransferScheduler(DiskSource(self._reader, pool.view), prefetch_cap_bytes=guesses)
         manager = ExpertManager(header, cache, scheduler, PRECISIONS.get(self._system.precision)())
         gates = [RouterGate(layer.router, layer.num_experts) if layer.router else None for layer in self._layers]
-        predictor = PREDICTORS.get(self._system.predictor)(PredictorContext(gates, counts))
-        runtimes = []
+        predictor = PREDICTORS.get(self._system.predictor)(PredictorContext(gates, manager.incomplete))
         for layer, gate in zip(self._layers, gates, strict=True):
             runtime = LayerRuntime(layer, manager, pool, predictor, gate)
             layer.experts.__dict__["fate_layer"] = runtime
             if layer.router is not None:
                 layer.router.register_forward_hook(runtime.on_router, with_kwargs=True)
-            runtimes.append(runtime)
-        attach(model, Session(self._system, self._plan, tuple(capacities), manager, pool, runtimes))
+        attach(model, Session(self._system, self._plan, manager, pool))
 
 
 def assemble(model: PreTrainedModel, layers: list[MoELayer], reader: StoreReader, options: LoadOptions) -> Assembly:
@@ -86,6 +93,7 @@ def assemble(model: PreTrainedModel, layers: list[MoELayer], reader: StoreReader
     plan = make_plan(budget, envelope, needs, max_experts=experts)
     if options.on_plan is not None:
         options.on_plan(plan, system)
+    check_available(plan, available_bytes())
     _warn_if_hopeless(model, plan, len(layers), transient)
     return Assembly(layers, reader, system, plan, transient)
 

@@ -14,7 +14,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fate import kernels
 from fate.core import Precision, Routing
-from fate.errors import ClosedError
 from fate.models.adapter import MoELayer
 from fate.models.routers import RouterGate
 from fate.predict import Predictor
@@ -31,7 +30,6 @@ class LayerRuntime:
         self, layer: MoELayer, manager: ExpertManager, pool: SlotPool, predictor: Predictor, gate: RouterGate | None
     ) -> None:
         self.index = layer.index
-        self.closed = False
         self._experts = layer.experts
         self._num_experts = layer.num_experts
         self._manager = manager
@@ -49,13 +47,11 @@ class LayerRuntime:
 
     def forward(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden], indices and weights [tokens, rank] -> [tokens, hidden]."""
-        if self.closed:
-            raise ClosedError()
         x = x.contiguous()
         work = _Work(x, top_k_index, top_k_weights, self._num_experts)
-        routing = Routing(self.index, work.tokens_per_expert)
+        routing = Routing(self.index, work.pairs_per_expert)
         manager = self._manager
-        with manager.acquire(routing) as lease:
+        with manager.lock, manager.acquire(routing) as lease:
             self._predict(routing)
             for group in lease:
                 start = time.perf_counter()
@@ -74,7 +70,7 @@ class LayerRuntime:
     def _fused(self, group: list[Slot], work: _Work) -> None:
         """SwiGLU experts without biases: gate, up, activation and down in the kernel."""
         offsets = [self._pool.offset(entry.slot) for entry in group]
-        precisions = [entry.precision for entry in group]
+        precisions = [_held(entry) for entry in group]
         bounds, pairs = work.pairs([entry.key.expert for entry in group])
         kernels.experts_swiglu(work.x, self._pool.tensor, self._layout, offsets, precisions, bounds, pairs, work.rows)
 
@@ -87,9 +83,9 @@ class LayerRuntime:
             _bounds, pairs = work.pairs([expert])
             tokens, ranks = pairs[:, 0].long(), pairs[:, 1].long()
             record = self._pool.tensor[self._pool.offset(entry.slot) :][: self._layout.record_bytes]
-            hidden = self._linear(work.x[tokens], record, 0, entry.precision, first, expert)
+            hidden = self._linear(work.x[tokens], record, 0, _held(entry), first, expert)
             hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-            out = self._linear(hidden.contiguous(), record, 1, entry.precision, "down_proj", expert)
+            out = self._linear(hidden.contiguous(), record, 1, _held(entry), "down_proj", expert)
             if module.has_post_expert_norm:
                 out = module.post_expert_norm(out)
             work.rows[tokens, ranks] = out.float()
@@ -99,6 +95,11 @@ class LayerRuntime:
     ) -> torch.Tensor:
         out = kernels.linear(x, record, self._layout, index, precision)
         return out + getattr(self._experts, f"{name}_bias")[expert] if self._experts.has_bias else out
+
+
+def _held(entry: Slot) -> Precision:
+    assert entry.precision is not None, "a lease yields experts that have landed"
+    return entry.precision
 
 
 class _Work:
@@ -120,8 +121,8 @@ class _Work:
         self._pairs = torch.stack([order // ranks, order % ranks], dim=1).to(torch.int32)
         by_popularity = counts.argsort(descending=True, stable=True).tolist()
         counted, end_of = counts.tolist(), ends.tolist()
-        self.tokens_per_expert = {e: counted[e] for e in by_popularity if counted[e]}
-        self._span = {e: (end_of[e] - counted[e], end_of[e]) for e in self.tokens_per_expert}
+        self.pairs_per_expert = {e: counted[e] for e in by_popularity if counted[e]}
+        self._span = {e: (end_of[e] - counted[e], end_of[e]) for e in self.pairs_per_expert}
 
     def pairs(self, experts: list[int]) -> tuple[list[int], torch.Tensor]:
         """(bounds [experts + 1], int32 [pairs, 2] of (token, rank)) of the given experts, in their order."""

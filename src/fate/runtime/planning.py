@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fate.core import Envelope
 from fate.memory import MIB, Needs, resident_bytes
@@ -63,7 +64,7 @@ def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envel
     return Needs(
         runtime=resident_bytes() + RUNTIME_HEADROOM_BYTES,
         dense=dense,
-        kv_cache=_kv_bytes_per_token(model) * envelope.max_context * envelope.max_batch,
+        kv_cache=_kv_bytes(model, envelope),
         buffers=_buffer_bytes(model, header, envelope),
         slot=header.max_record_bytes,
         min_slots=sum(min(LAYER_FLOOR, layer.num_experts) for layer in header.layers) + transient,
@@ -72,21 +73,33 @@ def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envel
     )
 
 
-def _kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes one more token of one sequence adds to the cache, by two forwards that move no data."""
+def _kv_bytes(model: PreTrainedModel, envelope: Envelope) -> int:
+    """Bytes of the cache at the end of the envelope, by two forwards that move no data: what grows with each token,
+    and what a sequence has from the start (the states of linear attention and convolutions)."""
 
     def cache_bytes(tokens: int) -> int:
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         with torch.no_grad(), torch.device("meta"):
             cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+        return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
 
-    return cache_bytes(3) - cache_bytes(2)
+    two, three = cache_bytes(2), cache_bytes(3)
+    return envelope.max_batch * (two - 2 * (three - two) + (three - two) * envelope.max_context)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _buffer_bytes(model: PreTrainedModel, header: StoreHeader, envelope: Envelope) -> int:
-    """The most activations alive at once: one layer's, the experts' rows, the attention mask, and the logits."""
+    """The most activations alive at once: one layer's, the experts' rows, attention over the context, the logits."""
     config = model.config.get_text_config()
     tokens = envelope.max_tokens_per_forward
     item = model.dtype.itemsize
@@ -96,7 +109,25 @@ def _buffer_bytes(model: PreTrainedModel, header: StoreHeader, envelope: Envelop
     )
     expert_rows = tokens * top_k(model) * config.hidden_size * 4
     hidden = tokens * (12 * config.hidden_size + 4 * widest) * max(item, 4)
+    context = envelope.max_batch * envelope.max_context
+    heads = config.num_attention_heads
+    expanded = 2 * context * heads * _head_dim(config) * item  # keys and values repeated or unfolded for every head
     mask = tokens * envelope.max_context * 2 * item
+    if model.config._attn_implementation == "eager":
+        mask += heads * tokens * envelope.max_context * (item + 4)  # scores, and their softmax in float32
     logits = envelope.logit_rows * config.vocab_size * (item + 2 * 4)
     scratch = max(m.weights for layer in header.layers for m in layer.matrices) * 4 if header.codec[0] != "i" else 0
-    return expert_rows + hidden + mask + logits + scratch
+    kernel = _kernel_scratch(tokens, config.hidden_size, header)
+    return expert_rows + hidden + expanded + mask + logits + scratch + kernel
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    latent = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return max(latent, own, getattr(config, "v_head_dim", None) or 0)
+
+
+def _kernel_scratch(tokens: int, hidden: int, header: StoreHeader) -> int:
+    """The CPU kernels' buffers: int8 activations with their scales, and 512 pairs of intermediate rows at a time."""
+    intermediate = max(m.cols for layer in header.layers for m in layer.matrices)
+    return int(1.13 * tokens * hidden + 512 * (2.26 * hidden + 6.3 * intermediate))

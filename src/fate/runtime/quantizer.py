@@ -78,6 +78,7 @@ class FateQuantizer(HfQuantizer):
                     module.packed = packed
         if waiting:
             raise StoreMismatchError(f"{self._reader.path} lacks the packed weights of {', '.join(sorted(waiting))}")
+        model.requires_grad_(False)  # the KV cache would keep every token's graph
         self._assembly.start(model)
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import time
@@ -11,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from fate.core import Envelope, StepStats
-from fate.errors import ClosedError, EmptyPromptError, EnvelopeError
+from fate.errors import ClosedError, EmptyPromptError, EnvelopeError, UsageError
 from fate.memory import MemoryPlan
-from fate.runtime.backend import LayerRuntime
+from fate.runtime.kv_cache import planned_cache
 from fate.runtime.manager import ExpertManager
 from fate.runtime.slots import SlotPool
 from fate.systems import System
@@ -45,21 +46,15 @@ class Session:
         self,
         system: System,
         plan: MemoryPlan,
-        capacities: tuple[int, ...],
         manager: ExpertManager,
         pool: SlotPool,
-        layers: list[LayerRuntime],
     ) -> None:
         self.system = system
         self.plan = plan
-        self.capacities = capacities
-        self.closed = False
         self.generate_lock = threading.RLock()
         self._manager = manager
-        self._pool = pool
-        self._layers = layers
         self._phases = {"prefill": StepStats(), "decode": StepStats()}
-        self._forward: tuple[str, int, float, StepStats] | None = None
+        self._step = threading.local()  # the forward under way in this thread
         self._finalizer = weakref.finalize(self, _shut_down, manager, pool)
 
     @property
@@ -72,12 +67,16 @@ class Session:
 
     def close(self) -> None:
         """Stop the transfer threads, free the slots. The model raises ClosedError from then on."""
-        if self.closed:
-            return
-        self.closed = True
-        for layer in self._layers:
-            layer.closed = True
-        self._finalizer()
+        with self._manager.lock:  # not under a forward of another thread
+            self._finalizer()
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    def new_cache(self, config: PreTrainedConfig) -> DynamicCache:
+        """An empty KV cache whose memory is the plan's: see `runtime.kv_cache`."""
+        return planned_cache(config, self.envelope.max_context)
 
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: refuse what the plan does not cover, start the step's clock."""
@@ -94,23 +93,30 @@ class Session:
         keep = kwargs.get("logits_to_keep", 0)
         rows = len(keep) if isinstance(keep, torch.Tensor) else keep or tokens
         check_envelope(self.envelope, batch=batch, tokens=tokens, context=int(past) + tokens, logit_rows=batch * rows)
+        self._close_account()  # of a forward that raised
         phase = "decode" if tokens == 1 and past else "prefill"
-        self._forward = (phase, batch * tokens, time.perf_counter(), self._manager.snapshot())
+        self._step.account = (phase, batch * tokens, time.perf_counter(), self._manager.snapshot())
 
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the model: close the step's account."""
-        if self._forward is None:
+        self._close_account()
+
+    def _close_account(self) -> None:
+        account = getattr(self._step, "account", None)
+        if account is None:
             return
-        phase, tokens, start, before = self._forward
-        self._forward = None
+        self._step.account = None
+        phase, tokens, start, before = account
         step = self._manager.snapshot() - before
         step.tokens, step.forwards, step.total_s = tokens, 1, time.perf_counter() - start
         self._phases[phase] = self._phases[phase] + step
 
 
 def _shut_down(manager: ExpertManager, pool: SlotPool) -> None:
-    manager.scheduler.close()
-    pool.close()
+    try:
+        manager.close()
+    finally:
+        pool.close()
 
 
 def check_envelope(envelope: Envelope, *, batch: int, tokens: int, context: int, logit_rows: int = 0) -> None:
@@ -156,6 +162,18 @@ class FateModel(_Base):
     def __exit__(self, *exc: object) -> None:
         self.fate.close()
 
+    def to(self, *args: Any, **kwargs: Any) -> FateModel:  # type: ignore[override]
+        """Only what changes nothing: packed weights and slots stay where the plan put them."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device not in (None, self.device) or dtype not in (None, self.dtype):
+            raise UsageError(
+                f"a model loaded by fate stays on {self.device} in {self.dtype}: load it with another store"
+            )
+        return self
+
+    def cuda(self, *args: Any, **kwargs: Any) -> FateModel:  # type: ignore[override]
+        return self.to("cuda")
+
 
 def attach(model: PreTrainedModel, session: Session) -> None:
     """Give `model` its session: a subclass of the same name, since a model may not be monkeypatched."""
@@ -163,6 +181,7 @@ def attach(model: PreTrainedModel, session: Session) -> None:
     body = {"generate": _generate_within_plan(cls.generate), "__module__": cls.__module__, "__doc__": cls.__doc__}
     model.__class__ = type(cls.__name__, (FateModel, cls), body)
     object.__setattr__(model, "fate", session)
+    object.__setattr__(model, "hf_device_map", {"": "cpu"})  # a pipeline must not move it to an accelerator
     model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
     model.register_forward_hook(session.after_forward, with_kwargs=True)
 
@@ -173,23 +192,76 @@ def _generate_within_plan(generate: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(generate)
     def wrapped(self: Any, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         session: Session = self.fate
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if ids is not None and ids.ndim == 2:
-            limit = _generation_limit(self, ids.shape[1], args[0] if args else None, kwargs)
-            check_envelope(session.envelope, batch=ids.shape[0], tokens=min(ids.shape[1], 1), context=limit)
-            if ids.shape[1] > session.envelope.prefill_chunk:
-                kwargs.setdefault("prefill_chunk_size", session.envelope.prefill_chunk)
+        if session.closed:
+            raise ClosedError()
+        if args:  # generation_config may come by position
+            kwargs["generation_config"], args = args[0], args[1:]
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((tensor for tensor in given if isinstance(tensor, torch.Tensor)), None)
+        if prompt is not None:
+            _plan_call(self, prompt.shape[0], prompt.shape[1], kwargs)
         with session.generate_lock:
             return generate(self, inputs, *args, **kwargs)
 
     return wrapped
 
 
-def _generation_limit(model: Any, prompt: int, config: Any, kwargs: dict[str, Any]) -> int:
-    """The most tokens, prompt included, a call of `generate` may reach."""
-    config = kwargs.get("generation_config", config) or model.generation_config
-    new = kwargs.get("max_new_tokens", None if "max_length" in kwargs else config.max_new_tokens)
-    if new is not None:
-        return prompt + new
-    length = kwargs.get("max_length", config.max_length)
-    return max(prompt + 1, length if length is not None else prompt + 20)
+def _plan_call(model: Any, batch: int, tokens: int, kwargs: dict[str, Any]) -> None:
+    """Check a call of `generate` against the plan, and add to `kwargs` the prompt's chunks and the planned cache."""
+    session: Session = model.fate
+    chunk = session.envelope.prefill_chunk
+    config = kwargs.get("generation_config")
+    request = _Request(batch, tokens, {**_set_values(config or model.generation_config), **kwargs})
+    request.check(session.envelope)
+    if tokens > chunk:
+        request.check_chunks(session.envelope)
+        if config is None:
+            kwargs["prefill_chunk_size"] = chunk
+        else:
+            kwargs["generation_config"] = copy.deepcopy(config)
+            kwargs["generation_config"].prefill_chunk_size = chunk
+    if request.plain_cache and kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = session.new_cache(model.config)
+
+
+def _set_values(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(config).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a call of `generate` asks for: prompt [batch, tokens], and its options by name."""
+
+    batch: int
+    tokens: int
+    options: dict[str, Any]
+
+    @property
+    def limit(self) -> int:
+        """The most tokens, prompt included, that one sequence may reach."""
+        if (new := self.options.get("max_new_tokens")) is not None:
+            return self.tokens + int(new)
+        return max(self.tokens + 1, int(self.options.get("max_length", self.tokens + 20)))
+
+    @property
+    def plain_cache(self) -> bool:
+        """Whether transformers would make an ordinary growing cache."""
+        named = self.options.get("cache_implementation") not in (None, "dynamic")
+        return self.options.get("use_cache", True) is not False and not named and not self._assisted
+
+    @property
+    def _assisted(self) -> bool:
+        return any(self.options.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens"))
+
+    def check(self, envelope: Envelope) -> None:
+        kept = self.options.get("output_scores") or self.options.get("output_logits")
+        rows = self.batch * (self.limit - self.tokens) if kept else 0
+        check_envelope(envelope, batch=self.batch, tokens=min(self.tokens, 1), context=self.limit, logit_rows=rows)
+
+    def check_chunks(self, envelope: Envelope) -> None:
+        """A prompt longer than a forward may be is split, which some ways of generating do not allow."""
+        if self._assisted or self.options.get("use_cache", True) is False:
+            raise EnvelopeError(
+                f"a prompt of {self.tokens} tokens goes through the model in chunks of {envelope.prefill_chunk}, which "
+                f"assisted generation and use_cache=False do not allow: load with prefill_chunk={self.tokens}"
+            )

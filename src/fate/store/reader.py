@@ -11,6 +11,7 @@ import json
 import logging
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class StoreReader:
-    """Records of one store, read by position. Thread-safe: reads share nothing.
+    """Records of one store, read by position, from any thread.
 
     Raises StoreError (not a store, cut short), StoreVersionError, ChecksumError (header), StoreMismatchError
     (config.json of another conversion) when opened, ChecksumError from `verify`.
@@ -60,7 +61,8 @@ class StoreReader:
         self.file = self.path / EXPERTS_FILE
         self.header, self._checksums = _read_header(self.file)
         self._check_siblings()
-        self._fd, self.direct = _open_direct(self.file)
+        self._fd = _open_direct(self.file)
+        self._finalizer = weakref.finalize(self, os.close, self._fd)
         self._verified: set[tuple[int, bool]] = set()
 
     def read_into(self, key: ExpertKey, buffer: memoryview, offset: int) -> None:
@@ -69,7 +71,7 @@ class StoreReader:
         done = 0
         while done < len(buffer):
             got = os.preadv(self._fd, [buffer[done:]], at + done)
-            if got == 0:
+            if got == 0 or (done + got < len(buffer) and got % fmt.PAGE_BYTES):  # only the file's end cuts a page
                 raise StoreError(f"{self.file} ends inside {key}: convert the checkpoint again")
             done += got
 
@@ -89,9 +91,7 @@ class StoreReader:
             self._verified.add((index, half))
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._finalizer()
 
     def _check_siblings(self) -> None:
         if self.file.stat().st_size < self.header.file_bytes:
@@ -135,22 +135,22 @@ def _read_header(file: Path) -> tuple[fmt.StoreHeader, bytes]:
     return header, checksums
 
 
-def _open_direct(file: Path) -> tuple[int, bool]:
-    """(file descriptor, whether it bypasses the page cache)."""
+def _open_direct(file: Path) -> int:
+    """A file descriptor that bypasses the page cache where the file system allows it."""
     direct = getattr(os, "O_DIRECT", 0)
     if direct:
         fd = -1
         try:
             fd = os.open(file, os.O_RDONLY | direct)
             _probe_direct(fd)
-            return fd, True
+            return fd
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise StoreError(f"{file} cannot be opened: {error.strerror}") from None
     logger.warning("%s: this file system refuses O_DIRECT; reads go through the page cache", file)
-    return os.open(file, os.O_RDONLY), False
+    return os.open(file, os.O_RDONLY)
 
 
 def _probe_direct(fd: int) -> None:

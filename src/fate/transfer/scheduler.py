@@ -1,10 +1,11 @@
-"""Who is read next: demand before prefetch, each expert once, guesses only on an idle link.
+"""Who is read next: demand before prefetch, guesses only on an idle link.
 
 A small pool of threads serves two queues. Demands go first, in order. A prefetch starts only while no demand is
 queued or being read, moves in chunks, and steps aside between chunks when a demand arrives. A prefetch that its layer
 turns out to need is *upgraded* (it keeps the bytes it has); one that is no longer wanted is *cancelled*.
 
-Torch-free: bytes move through a `Source`, slots are numbers. Residency is the caller's business.
+Torch-free: bytes move through a `Source`, slots are numbers. Residency, and with it that no expert is read twice, is
+the caller's business.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import enum
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from fate.core import ExpertKey
+from fate.core import ExpertKey, Precision
 from fate.errors import ClosedError, FateError, TransferError
 
 PREFETCH_CHUNK_BYTES = 1 << 20
@@ -48,18 +49,22 @@ _FINISHED = frozenset({State.DONE, State.FAILED, State.CANCELLED})
 
 @dataclass(eq=False)
 class Transfer:
-    """One read of bytes [offset, offset + length) of an expert's record into `slot`."""
+    """One read of bytes [offset, offset + length) of an expert's record into `slot`.
+
+    precision: what the slot holds once this is DONE. demand: a layer waits for it. error: why it FAILED.
+    """
 
     key: ExpertKey
     slot: int
     offset: int
     length: int
-    demand: bool
+    precision: Precision = Precision.FULL
+    demand: bool = True
     confidence: float = 1.0
     state: State = State.QUEUED
     bytes_read: int = 0
     error: BaseException | None = None
-    cancel_asked: bool = field(default=False, repr=False)
+    cancel_asked: bool = False
 
     @property
     def finished(self) -> bool:
@@ -77,21 +82,20 @@ class TransferStats:
 class TransferScheduler:
     """`workers` threads reading from `source`. All methods may be called from any thread.
 
-    prefetch_cap_bytes bounds the bytes of prefetches that are queued or being read.
+    prefetch_cap_bytes bounds the bytes of prefetches that are queued or being read. An exception in the caller (a
+    KeyboardInterrupt may come anywhere) can leave a transfer that nobody waits for; `quiesce` forgets them all.
     """
 
     def __init__(self, source: Source, *, workers: int = 2, prefetch_cap_bytes: int = 1 << 62) -> None:
         self.stats = TransferStats()
         self._source = source
         self._cap = prefetch_cap_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant: a finalizer may close us from any allocation
         self._work = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
         self._demands: deque[Transfer] = deque()
         self._prefetches: list[Transfer] = []  # most confident last
-        self._active: dict[ExpertKey, Transfer] = {}
-        self._demands_reading = 0
-        self._prefetch_bytes_open = 0
+        self._reading: set[Transfer] = set()  # changed by the worker threads alone
         self._closed = False
         self._threads = [
             threading.Thread(target=self._serve, name=f"fate-transfer-{i}", daemon=True) for i in range(workers)
@@ -99,60 +103,71 @@ class TransferScheduler:
         for thread in self._threads:
             thread.start()
 
-    def demand(self, key: ExpertKey, slot: int, offset: int, length: int) -> Transfer:
-        """Queue a read a layer waits for; a transfer of `key` under way is upgraded and returned instead."""
+    def demand(self, transfer: Transfer) -> None:
+        """Queue a read a layer waits for, behind earlier demands and before all prefetches."""
         with self._lock:
             self._check_open()
-            active = self._active.get(key)
-            if active is not None and not active.cancel_asked:
-                self._upgrade(active)
-                return active
-            transfer = Transfer(key, slot, offset, length, demand=True)
-            self._active[key] = transfer
             self._demands.append(transfer)
             self._work.notify()
-            return transfer
 
-    def prefetch(self, key: ExpertKey, slot: int, offset: int, length: int, confidence: float) -> Transfer | None:
-        """Queue a guess; None when `key` is under way already or the byte cap is reached."""
+    def prefetch(self, transfer: Transfer) -> bool:
+        """Queue a guess (`demand` false); False when the byte cap is reached."""
         with self._lock:
             self._check_open()
-            if key in self._active or self._prefetch_bytes_open + length > self._cap:
-                return None
-            transfer = Transfer(key, slot, offset, length, demand=False, confidence=confidence)
-            self._active[key] = transfer
-            self._prefetch_bytes_open += length
+            guesses = [*self._prefetches, *(t for t in self._reading if not t.demand)]
+            if sum(t.length for t in guesses) + transfer.length > self._cap:
+                return False
             self._prefetches.append(transfer)
             self._prefetches.sort(key=lambda t: t.confidence)
             self._work.notify()
-            return transfer
+            return True
 
-    def upgrade(self, transfer: Transfer) -> None:
-        """A layer now waits for this prefetch."""
+    def upgrade(self, transfer: Transfer) -> int:
+        """A layer now waits for this prefetch; returns the bytes it had read as a guess."""
         with self._lock:
-            self._upgrade(transfer)
+            if not transfer.demand:
+                transfer.demand = True
+                if transfer in self._prefetches:
+                    self._prefetches.remove(transfer)
+                    self._demands.append(transfer)
+                    self._work.notify()
+            return transfer.bytes_read
 
     def cancel(self, transfer: Transfer) -> bool:
-        """Give up a prefetch. True: its slot is free now. False: a read still writes there; wait for `finished`."""
+        """Give up a transfer. True: its slot is free now. False: a read still writes there; wait for `finished`."""
         with self._lock:
             if transfer.finished:
                 return True
             transfer.cancel_asked = True
-            if transfer in self._prefetches:
-                self._prefetches.remove(transfer)
-                self._finish(transfer, State.CANCELLED)
-                return True
-            return False
+            if transfer in self._reading:
+                return False
+            for queue in (self._prefetches, self._demands):
+                if transfer in queue:
+                    queue.remove(transfer)
+            transfer.state = State.CANCELLED
+            return True
 
-    def wait_any(self, transfers: Iterable[Transfer]) -> float:
-        """Block until one has finished, however it ended; returns the seconds waited."""
-        pending = list(transfers)
+    def wait_any(self, transfers: Sequence[Transfer]) -> float:
+        """Block until one has finished, however it ended; returns the seconds waited.
+
+        Raises ClosedError, or TransferError when the threads are gone (a forked process has none).
+        """
+        assert transfers, "waiting for nothing would last for ever"
         start = time.perf_counter()
         with self._lock:
-            while not any(t.finished for t in pending):
+            while not any(t.finished for t in transfers):
                 self._check_open()
-                self._done.wait(timeout=0.5)
+                self._wait_done()
         return time.perf_counter() - start
+
+    def quiesce(self) -> None:
+        """Forget every transfer; returns when no read writes to any slot."""
+        with self._lock:
+            for transfer in (*self._demands, *self._prefetches, *self._reading):
+                self.cancel(transfer)
+            while self._reading:
+                self._check_open()
+                self._wait_done()
 
     def close(self) -> None:
         """Stop the threads (each finishes at most the read it is in) and the source. May be called twice."""
@@ -161,24 +176,18 @@ class TransferScheduler:
             self._work.notify_all()
             self._done.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # a finalizer may run in one of them
+                thread.join()
         self._source.close()
+
+    def _wait_done(self) -> None:
+        self._done.wait(timeout=0.5)
+        if not self._closed and not any(thread.is_alive() for thread in self._threads):
+            raise TransferError("the transfer threads are gone: load the model in the process that uses it")
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError()
-
-    def _upgrade(self, transfer: Transfer) -> None:
-        if transfer.finished or transfer.demand:
-            return
-        transfer.demand = True
-        self._prefetch_bytes_open -= transfer.length
-        if transfer.state is State.READING:
-            self._demands_reading += 1
-        else:
-            self._prefetches.remove(transfer)
-            self._demands.append(transfer)
-            self._work.notify()
 
     def _serve(self) -> None:
         while True:
@@ -191,16 +200,13 @@ class TransferScheduler:
 
     def _take(self) -> Transfer | None:
         """The next transfer to read, now marked as being read; None: nothing may start."""
-        if self._closed:
+        if self._closed or not (self._demands or self._prefetches):
             return None
-        if self._demands:
-            transfer = self._demands.popleft()
-            self._demands_reading += 1
-        elif self._prefetches and not self._demands_reading:
-            transfer = self._prefetches.pop()
-        else:
+        if not self._demands and self._demand_reading():
             return None
+        transfer = self._demands.popleft() if self._demands else self._prefetches.pop()
         transfer.state = State.READING
+        self._reading.add(transfer)
         return transfer
 
     def _read(self, transfer: Transfer) -> None:
@@ -211,45 +217,49 @@ class TransferScheduler:
                 chunk = left if transfer.demand else min(left, PREFETCH_CHUNK_BYTES)
                 self._source.read(transfer.key, transfer.slot, transfer.offset + transfer.bytes_read, chunk)
                 with self._lock:
-                    transfer.bytes_read += chunk
-                    if transfer.demand:
-                        self.stats.demand_bytes += chunk
-                    else:
-                        self.stats.prefetch_bytes += chunk
-                    if transfer.cancel_asked or self._closed:
-                        return self._finish(transfer, State.CANCELLED)
-                    if not transfer.demand and transfer.bytes_read < transfer.length and self._demand_pending():
-                        transfer.state = State.QUEUED
-                        self._prefetches.append(transfer)
+                    if not self._goes_on(transfer, chunk):
                         return
             self._source.verify(transfer.key, transfer.slot, transfer.offset, transfer.length)
         except BaseException as error:  # whatever it is, the layer that waits must get it
             transfer.error = error
-            with self._lock:
-                return self._finish(transfer, State.FAILED)
-        with self._lock:
-            self._finish(transfer, State.DONE)
+            return self._finish(transfer, State.FAILED)
+        self._finish(transfer, State.DONE)
 
-    def _demand_pending(self) -> bool:
-        return bool(self._demands) or self._demands_reading > 0
+    def _goes_on(self, transfer: Transfer, chunk: int) -> bool:
+        """Account for a chunk; False when the transfer was cancelled or steps aside."""
+        transfer.bytes_read += chunk
+        if transfer.demand:
+            self.stats.demand_bytes += chunk
+        else:
+            self.stats.prefetch_bytes += chunk
+        if transfer.cancel_asked or self._closed:
+            self._finish(transfer, State.CANCELLED)
+            return False
+        unfinished = transfer.bytes_read < transfer.length
+        if not transfer.demand and unfinished and (self._demands or self._demand_reading()):
+            self._reading.discard(transfer)
+            transfer.state = State.QUEUED
+            self._prefetches.append(transfer)
+            return False
+        return True
+
+    def _demand_reading(self) -> bool:
+        return any(t.demand for t in self._reading)
 
     def _finish(self, transfer: Transfer, state: State) -> None:
-        if transfer.demand:
-            if transfer.state is State.READING:
-                self._demands_reading -= 1
-        else:
-            self._prefetch_bytes_open -= transfer.length
-        transfer.state = state
-        if self._active.get(transfer.key) is transfer:
-            del self._active[transfer.key]
-        self._done.notify_all()
-        self._work.notify_all()  # an idle link may start a prefetch
+        with self._lock:
+            self._reading.discard(transfer)
+            transfer.state = state
+            self._done.notify_all()
+            self._work.notify_all()  # an idle link may start a prefetch
 
 
-def raise_if_failed(transfer: Transfer) -> None:
-    """Raise the typed error of a failed transfer: its own if it has one, TransferError around anything else."""
-    if transfer.state is not State.FAILED:
+def require_done(transfer: Transfer) -> None:
+    """Raise unless a finished transfer is DONE: its own typed error, TransferError around any other, ClosedError."""
+    if transfer.state is State.DONE:
         return
+    if transfer.state is State.CANCELLED:  # only closing cancels what a layer waits for
+        raise ClosedError()
     if isinstance(transfer.error, FateError):
         raise transfer.error
     raise TransferError(f"reading {transfer.key} failed: {transfer.error}") from transfer.error

@@ -133,7 +133,7 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def pair_tokenizer() -> PreTrainedTokenizerFast:
-    """`byte_tokenizer` whose tokens are pairs of printable characters where it can: 9,284 ids, so that neighbouring
+    """`byte_tokenizer` whose tokens are pairs of printable characters where it can: 9,475 ids, so that neighbouring
     tokens of a text are seldom the same and routing that depends on the token varies as it does in real models."""
     symbols = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # byte-level names of space and newline
     pairs = [(first, second) for first in symbols for second in symbols]

@@ -63,7 +63,7 @@ class Forks:
         self._server.wait(timeout=10)
 
 
-@pytest.fixture(scope="module", autouse=True)  # it gets ready beside the tests that do not need it
+@pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
     forks = Forks()
     yield forks

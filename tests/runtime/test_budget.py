@@ -13,7 +13,8 @@ from fate.memory import MIB
 from fate.synth import synth
 
 RUN = """
-import json, resource, sys, torch, fate
+import json, sys, torch, fate
+from fate.bench.environment import peak_resident_bytes
 from fate.errors import BudgetTooSmallError
 store, memory, tokens, experts = sys.argv[1], sys.argv[2], int(sys.argv[3]), None
 if memory == "smallest":
@@ -25,7 +26,7 @@ with fate.load(store, memory=int(memory), experts=experts, max_context=tokens + 
     ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0))
     model.generate(ids, max_new_tokens=48, do_sample=False)
     stats = model.fate.stats()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident_bytes()
     print(json.dumps({"peak": peak, "budget": model.fate.plan.budget, "planned": model.fate.plan.total,
                       "slots": model.fate.plan.num_slots, "decode": stats.decode.forwards,
                       "evictions": stats.total.evictions}))

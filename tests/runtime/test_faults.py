@@ -195,12 +195,13 @@ def test_interrupted_anywhere_the_next_run_is_right(prompt):
             span, interrupted = time.perf_counter() - start, 0
             for _ in range(150):
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, rng.random() * span + 1e-5)
-                    model(ids)
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, rng.random() * span + 1e-5)
+                        model(ids)
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
                 except KeyboardInterrupt:
                     interrupted += 1
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
                 assert torch.equal(model(ids).logits, expected)
                 manager = manager_of(model)
                 assert not manager.cache.pinned

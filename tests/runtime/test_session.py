@@ -1,14 +1,32 @@
 """The loaded model is transformers' own in every use, and refuses what its plan does not cover."""
 
+import shutil
 import threading
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextIteratorStreamer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 import fate
-from fate.errors import BudgetTooSmallError, ClosedError, EmptyPromptError, EnvelopeError, UnknownNameError, UsageError
+from fate.errors import (
+    BudgetTooLargeError,
+    BudgetTooSmallError,
+    ClosedError,
+    EmptyPromptError,
+    EnvelopeError,
+    UnknownNameError,
+    UsageError,
+)
+from fate.loading import ensure_store
 from fate.models.packed import PackedEmbedding, PackedLinear
+from tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +118,69 @@ def test_logit_rows_are_part_of_the_plan(mini_store):
         with pytest.raises(EnvelopeError, match=r"10 rows of logits are beyond the plan's 4: pass logits_to_keep"):
             model(torch.ones(1, 10, dtype=torch.long))
         assert model(torch.ones(1, 10, dtype=torch.long), logits_to_keep=4).logits.shape[1] == 4
+
+
+@pytest.mark.parametrize("arguments", [{"prompt_lookup_num_tokens": 2}, {"use_cache": False}])
+def test_a_prompt_that_must_be_split_but_cannot(model, arguments):
+    with pytest.raises(EnvelopeError, match="do not allow: load with prefill_chunk=40"):
+        model.generate(torch.ones(1, 40, dtype=torch.long), max_new_tokens=2, **arguments)
+    assert model.generate(torch.ones(1, 20, dtype=torch.long), max_new_tokens=2, **arguments).shape[1] <= 22
+
+
+def test_kept_scores_are_part_of_the_plan(mini_store):
+    with fate.load(mini_store, experts="25%", logit_rows=4) as model:
+        options = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False}
+        ids = torch.ones(1, 4, dtype=torch.long)
+        assert len(model.generate(ids, max_new_tokens=4, **options).scores) <= 4
+        with pytest.raises(EnvelopeError, match="9 rows of logits are beyond the plan's 4"):
+            model.generate(ids, max_new_tokens=9, **options)
+
+
+def test_a_users_generation_config_is_left_alone(model, prompt):
+    config = GenerationConfig(max_new_tokens=4, do_sample=False)
+    by_keyword = model.generate(prompt, generation_config=config)
+    assert torch.equal(model.generate(prompt, config), by_keyword)
+    assert config.prefill_chunk_size is None
+
+
+def test_it_stays_where_the_plan_put_it(model):
+    assert model.to("cpu") is model
+    assert model.to(model.dtype) is model
+    for move in (lambda: model.to("meta"), lambda: model.to(torch.float64), model.cuda):
+        with pytest.raises(UsageError, match=r"stays on cpu in torch\.bfloat16"):
+            move()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_failed_forward_keeps_the_books_straight(mini_store, prompt):
+    with fate.load(mini_store, experts="25%") as model:
+        handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(prompt)
+        handle.remove()
+        model(prompt)
+        stats = model.fate.stats().total
+        assert stats.forwards == 2
+        assert stats.wasted_bytes >= 0
+        assert stats.first_accesses <= stats.misses
+
+
+def test_a_budget_beyond_the_machine(mini_store, monkeypatch):
+    monkeypatch.setattr("fate.runtime.assembly.available_bytes", lambda: 300 << 20)
+    with pytest.raises(BudgetTooLargeError, match=r"300\.00 MiB are free: give a budget of at most 300MiB"):
+        fate.load(mini_store, memory="2GiB")
+
+
+def test_a_checkpoint_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("FATE_CACHE", str(tmp_path / "cache"))
+    source = shutil.copytree(tiny_checkpoint("qwen2_moe"), tmp_path / "model")
+    first = ensure_store(source)
+    made = (first / "experts.fate").stat().st_mtime_ns
+    assert ensure_store(source) == first
+    assert (first / "experts.fate").stat().st_mtime_ns == made
+    shutil.rmtree(source)
+    shutil.copytree(tiny_checkpoint("qwen2_moe", seed=1), source)
+    assert ensure_store(source) != first
 
 
 def test_an_empty_prompt(model):

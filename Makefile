@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	$(DEMO)
 
 test: $(INSTALLED)
-	@$(VENV)/bin/python -m pytest -q
+	@$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 slow: $(INSTALLED)
 	@$(VENV)/bin/python -m pytest -q -m "slow and not cuda"

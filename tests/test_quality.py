@@ -67,7 +67,7 @@ def change(model, ids, base):
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_int4_costs_less_than_two_percent(domain, tokens, reference, store):
-    ids = tokens(domain, 2048)
+    ids = tokens(domain, 1024)
     base = nats(reference, ids)
     assert base < 6, "the reference predicts this text at all"
     with fate.load(store) as model:

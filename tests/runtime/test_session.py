@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     TextIteratorStreamer,
     pipeline,
@@ -140,7 +141,7 @@ def test_kept_scores_are_part_of_the_plan(mini_store):
 def test_a_users_generation_config_is_left_alone(model, prompt):
     config = GenerationConfig(max_new_tokens=4, do_sample=False)
     by_keyword = model.generate(prompt, generation_config=config)
-    assert torch.equal(model.generate(prompt, config), by_keyword)
+    assert torch.equal(model.generate(prompt, config, LogitsProcessorList()), by_keyword)
     assert config.prefill_chunk_size is None
 
 

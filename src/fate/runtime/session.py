@@ -194,14 +194,14 @@ def _generate_within_plan(generate: Callable[..., Any]) -> Callable[..., Any]:
         session: Session = self.fate
         if session.closed:
             raise ClosedError()
-        if args:  # generation_config may come by position
+        if args:  # generation_config came by position
             kwargs["generation_config"], args = args[0], args[1:]
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((tensor for tensor in given if isinstance(tensor, torch.Tensor)), None)
         if prompt is not None:
             _plan_call(self, prompt.shape[0], prompt.shape[1], kwargs)
         with session.generate_lock:
-            return generate(self, inputs, *args, **kwargs)
+            return generate(self, inputs, kwargs.pop("generation_config", None), *args, **kwargs)
 
     return wrapped
 
@@ -220,7 +220,8 @@ def _plan_call(model: Any, batch: int, tokens: int, kwargs: dict[str, Any]) -> N
         else:
             kwargs["generation_config"] = copy.deepcopy(config)
             kwargs["generation_config"].prefill_chunk_size = chunk
-    if request.plain_cache and kwargs.get("past_key_values") is None:
+    growing = model._supports_default_dynamic_cache() and not model.config.is_encoder_decoder
+    if growing and request.plain_cache and kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = session.new_cache(model.config)
 
 

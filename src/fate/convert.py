@@ -73,7 +73,8 @@ def convert(
             f"expert_bits={expert_bits}, dense_bits={dense_bits}: choose expert_bits from {EXPERT_BITS} and dense_bits "
             f"from {DENSE_BITS}"
         )
-    out = Path(out)
+    out = Path(out).expanduser()
+    out = out.resolve() if out.is_symlink() else out
     if out.exists() and not force:
         raise OutputExistsError(out)
     if out.exists() and not is_store(out):
@@ -264,7 +265,8 @@ def _packed_parts(
     """(byte offset in the packed matrix, piece): rows are quantized slice by slice, each section spliced in place.
 
     Rows depend on each other only through the matrix's gain. A row of the largest weight, added to every slice and
-    dropped again, gives all slices that gain; so the codes are those of the matrix quantized whole.
+    dropped again, gives all slices that gain; so the codes are those of the matrix quantized whole. The INT2 slope is
+    that of the first slice: dense matrices are never read at INT2.
     """
     matrix, whole = layout.matrices[0], layout.sections[0]
     largest = max(float(rows.abs().max()) for _, rows in slices())

@@ -6,8 +6,8 @@ import mmap
 import os
 import platform
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,11 @@ def disk_read_gb_per_s(path: Path, size: int = 256 * MIB, read_bytes: int = 4 * 
 
 
 def _read_all(fd: int, size: int, read_bytes: int) -> float:
-    def reader(first: int) -> None:
+    def reader(first: int) -> int:
         with mmap.mmap(-1, read_bytes) as buffer:
-            for at in range(first * read_bytes, size, 2 * read_bytes):
-                os.preadv(fd, [buffer], at)
+            return sum(os.preadv(fd, [buffer], at) for at in range(first * read_bytes, size, 2 * read_bytes))
 
-    threads = [threading.Thread(target=reader, args=(i,)) for i in range(2)]
     start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return size / (time.perf_counter() - start) / 1e9
+    with ThreadPoolExecutor(2) as pool:
+        done = sum(pool.map(reader, range(2)))
+    return done / (time.perf_counter() - start) / 1e9

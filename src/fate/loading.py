@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from fate.convert import convert, transformers_config
-from fate.errors import StoreError, UsageError
+from fate.convert import convert, copied_files, transformers_config
+from fate.errors import OutputExistsError, StoreError, UsageError
 from fate.memory import MemoryPlan, format_bytes, parse_experts, parse_memory
 from fate.runtime import quantizer as quantizer  # registers the store's format with transformers
 from fate.runtime.assembly import LoadOptions
@@ -21,7 +22,6 @@ from fate.store.checkpoint import Checkpoint, resolve_source
 from fate.store.reader import is_store, read_config
 from fate.systems import EXACT, System, resolve_system
 
-logger = logging.getLogger("fate")
 Progress = Callable[[int, int, str], None]
 
 
@@ -43,9 +43,10 @@ def load(
     model: a store, a checkpoint directory or a hub id; the latter two are converted on first use into the cache
     directory. memory: peak resident size of this process ("6GiB", bytes; None: what is free less a margin).
     experts: at most this share ("25%", 0.25) or number of experts in memory. system: a name from `fate.systems`;
-    "exact" is the fastest whose output is bit-identical to the fully resident model. max_context, max_batch,
+    "exact" stands for the one, of those whose output is bit-identical to the fully resident model, that is usually
+    the fastest. max_context, max_batch,
     prefill_chunk (tokens a forward) and logit_rows bound what the plan covers; beyond them a call raises
-    EnvelopeError. on_plan is called before anything is allocated; by default the plan is logged.
+    EnvelopeError. on_plan is called before anything is allocated; by default the plan goes to standard error.
 
     Returns the transformers model; `model.fate` has `stats()`, `plan` and `close()`, and `with` closes it.
     Raises a FateError: ModelNotFoundError, NotMoEError, UnsupportedModelError, CheckpointError, StoreError,
@@ -59,7 +60,14 @@ def load(
         if value is not None and value < least:
             raise UsageError(f"{name}={value} is not valid: give a whole number of at least {least}")
     options = LoadOptions(
-        memory, experts, resolve_system(system), max_context, max_batch, prefill_chunk, logit_rows, on_plan or log_plan
+        memory,
+        experts,
+        resolve_system(system),
+        max_context,
+        max_batch,
+        prefill_chunk,
+        logit_rows,
+        on_plan or print_plan,
     )
     store = ensure_store(model, on_convert)
     stored = read_config(store)["quantization_config"]
@@ -70,13 +78,26 @@ def load(
 
 def ensure_store(model: str | os.PathLike[str], on_convert: Progress | None = None) -> Path:
     """The store of `model`: itself, or its checkpoint converted (once, with the default options) into the cache."""
-    if is_store(model):
-        return Path(model)
+    if is_store(path := Path(model).expanduser()):
+        return path
     source = resolve_source(os.fspath(model))
     name = Path(model).name  # a hub id's last part; the snapshot directory it resolves to is called by a hash
+    store = cache_directory() / f"{name}-{_identity(source)[:12]}"
+    if is_store(store):
+        return store
+    try:
+        return convert(source, store, progress=on_convert)
+    except OutputExistsError:  # another process has made it in the meantime
+        return store
+
+
+def _identity(source: Path) -> str:
+    """What a cached store is known by: the checkpoint, and the tokenizer and other files kept beside it."""
     with Checkpoint(source) as checkpoint:
-        store = cache_directory() / f"{name}-{checkpoint.fingerprint()[:12]}"
-    return store if is_store(store) else convert(source, store, progress=on_convert)
+        digest = hashlib.sha256(checkpoint.fingerprint().encode())
+    for name, content in copied_files(source).items():
+        digest.update(name.encode() + b"\0" + content)
+    return digest.hexdigest()
 
 
 def load_tokenizer(store: Path) -> PreTrainedTokenizerBase:
@@ -98,6 +119,8 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fate"
 
 
-def log_plan(plan: MemoryPlan, system: System) -> None:
-    rows = ", ".join(f"{name} {format_bytes(size)} ({note})" for name, size, note in plan.rows())
-    logger.info("system %s, %s of %s: %s", system.name, format_bytes(plan.total), format_bytes(plan.budget), rows)
+def print_plan(plan: MemoryPlan, system: System) -> None:
+    """The plan as plain text on standard error."""
+    rows = [*plan.rows(), ("total", plan.total, f"of {format_bytes(plan.budget)}")]
+    lines = [f"{name:<14}{format_bytes(size):>12}  {note}" for name, size, note in rows]
+    print(f"system {system.name}", *lines, sep="\n", file=sys.stderr)

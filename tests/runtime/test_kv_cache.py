@@ -55,6 +55,17 @@ def test_beyond_its_room_it_still_holds_everything():
     assert torch.equal(keys, torch.cat([states(1, seed)[0] for seed in range(6)], dim=-2))
 
 
+def test_begun_in_inference_mode_it_goes_on_outside(prompt):
+    with fate.load(tiny_store("qwen2_moe")) as model:
+        whole = model(prompt).logits[:, -1]
+        cache = model.fate.new_cache(model.config)
+        with torch.inference_mode():
+            model(prompt[:, :-1], past_key_values=cache)
+        torch.testing.assert_close(
+            model(prompt[:, -1:], past_key_values=cache).logits[:, -1], whole, rtol=1e-3, atol=1e-3
+        )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_knows_what_the_cache_takes(family):
     """The row of the plan, from a dry run, against the bytes of a real cache."""

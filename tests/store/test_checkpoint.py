@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,13 @@ def test_fingerprint_tells_checkpoints_apart(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         save_file({"matrix": torch.full((64, 64), change)}, tmp_path / name / "model.safetensors")
         (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "model.safetensors", ns=(0, 0))
         prints.append(Checkpoint(tmp_path / name).fingerprint())
     (tmp_path / "again" / "config.json").write_text('{"a": 1}')
     assert prints[0] == prints[1]
-    assert len({prints[0], prints[2], Checkpoint(tmp_path / "again").fingerprint()}) == 3
+    os.utime(tmp_path / "same" / "model.safetensors", ns=(0, 1))
+    rewritten = Checkpoint(tmp_path / "same").fingerprint()
+    assert len({prints[0], prints[2], rewritten, Checkpoint(tmp_path / "again").fingerprint()}) == 4
 
 
 def _high_water_bytes() -> int:

@@ -83,6 +83,16 @@ def _store(out: Path) -> Path:
         return writer.finalize()
 
 
+@pytest.mark.parametrize("suffix", ["partial", "replaced"])
+def test_directories_of_others_are_left_alone(tmp_path: Path, suffix: str) -> None:
+    other = tmp_path / f"out.{suffix}"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years")
+    with pytest.raises(UsageError, match="not of our making"):
+        StoreWriter(tmp_path / "out", _plan())
+    assert (other / "thesis.tex").read_text() == "years"
+
+
 def test_records_and_checksums_are_where_the_header_says(tmp_path: Path) -> None:
     out, plan = _store(tmp_path / "out"), _plan()
     content = (out / EXPERTS_FILE).read_bytes()

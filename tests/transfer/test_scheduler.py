@@ -219,6 +219,27 @@ def test_a_typed_failure_stays_what_it_is(make):
     assert again.finished, "the thread lives on"
 
 
+def test_closed_from_one_of_its_own_threads(make):
+    """A model that is forgotten may be collected, and so closed, in a transfer thread that holds the lock."""
+    source, scheduler = make(workers=2)
+    taken = scheduler._take
+
+    def close_while_taking():
+        scheduler.close()
+        return taken()
+
+    scheduler._take = close_while_taking
+    with scheduler._lock:
+        scheduler._work.notify_all()
+    for thread in scheduler._threads:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+    deadline = time.monotonic() + 5
+    while not source.closed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert source.closed
+
+
 def test_close_stops_every_thread_and_is_repeatable(make):
     source, scheduler = make(workers=3)
     threads = list(scheduler._threads)

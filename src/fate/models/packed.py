@@ -59,5 +59,5 @@ class PackedEmbedding(_Packed):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """int [...] -> [..., embedding_dim]."""
-        rows = kernels.gather_rows(self.packed, self.layout, 0, ids.reshape(-1), self.dtype)
+        rows = kernels.gather_rows(self.packed, self.layout, 0, ids.reshape(-1).long(), self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)

@@ -54,7 +54,8 @@ class PlannedLayer(DynamicLayer):
         if buffer is None or total > buffer.shape[-2] or (tokens and not _starts(buffer, held)):
             # the first tokens, or someone replaced the tensor (beam search reorders it)
             room = max(total, self._max_context)
-            buffer = new.new_empty(*new.shape[:-2], room, new.shape[-1])
+            with torch.inference_mode(False):  # so that a later call outside inference mode may write to it
+                buffer = torch.empty(*new.shape[:-2], room, new.shape[-1], dtype=new.dtype, device=new.device)
             if tokens and held is not None:
                 buffer[..., :tokens, :] = held
             self._buffers[name] = buffer

@@ -116,14 +116,15 @@ class Checkpoint:
         return data.reshape(stop - start, *location.shape[1:])
 
     def fingerprint(self) -> str:
-        """Hex digest that tells checkpoints apart: config, shard names, sizes and headers, and samples of the data.
+        """Hex digest that tells checkpoints apart: config; each shard's name, size, time of change, header and samples.
 
-        Reads a few pages of each shard, never the whole; two checkpoints that differ only between the samples match.
+        The data is too large to be read whole; a shard rewritten in place is told by its time of change.
         """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for shard, header in self._headers.items():
-            size = shard.stat().st_size
-            digest.update(f"{shard.name}:{size}:".encode() + header)
+            status = shard.stat()
+            size = status.st_size
+            digest.update(f"{shard.name}:{size}:{status.st_mtime_ns}:".encode() + header)
             for sample in range(_SAMPLES):
                 offset = (size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)
                 digest.update(os.pread(self._file(shard), _SAMPLE_BYTES, max(offset, 0)))
@@ -160,6 +161,8 @@ class Checkpoint:
         try:
             shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
             names = set(shards.values())
+            if not names or not all(isinstance(name, str) and name for name in names):
+                raise ValueError("its weight_map names no files")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index ({error!r}): download it again") from error
         missing = sorted(name for name in names if not (self.path / name).is_file())

@@ -30,6 +30,7 @@ EXPERTS_FILE = "experts.fate"
 DENSE_FILE = "dense.safetensors"
 PACKED_FILE = "packed.safetensors"
 CHECKSUMS_FILE = "checksums.json"
+HEADER_KEY = "__header__"  # in a file's checksums: its length field and header
 _CHUNK_BYTES = 4 << 20
 
 
@@ -185,6 +186,7 @@ def _verify_dense(path: Path) -> None:
     with open(file, "rb") as f:
         header_bytes = 8 + int.from_bytes(f.read(8), "little")
         table = json.loads(f.read(header_bytes - 8))
+        _check_tensor(file, HEADER_KEY, expected.get(HEADER_KEY), checksum_of(f.fileno(), 0, header_bytes))
         for name in table.keys() - {"__metadata__"}:
             start, end = table[name]["data_offsets"]
             got = checksum_of(f.fileno(), header_bytes + start, end - start)

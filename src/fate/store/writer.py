@@ -32,7 +32,7 @@ from fate.errors import DiskFullError, OutputExistsError, UsageError
 from fate.memory import MIB, format_bytes
 from fate.store.format import CHECKSUM_BYTES
 from fate.store.plan import StorePlan
-from fate.store.reader import CHECKSUMS_FILE, EXPERTS_FILE, checksum_of
+from fate.store.reader import CHECKSUMS_FILE, EXPERTS_FILE, HEADER_KEY, checksum_of
 
 _JOURNAL = "journal.jsonl"
 _SYNC_BYTES, _SYNC_S = 64 * MIB, 1.0
@@ -51,6 +51,10 @@ class StoreWriter:
             raise OutputExistsError(out)
         self.out, self.plan = out, plan
         self.partial = out.with_name(out.name + ".partial")
+        self.replaced = out.with_name(out.name + ".replaced")
+        _check_ours(self.partial, _JOURNAL)
+        _check_ours(self.replaced, EXPERTS_FILE)
+        began = not self.partial.exists()
         self._done: dict[str, list[int]] = {}
         self._pending: list[str] = []
         self._dirty_bytes, self._synced_at = 0, time.monotonic()
@@ -58,12 +62,13 @@ class StoreWriter:
         self.partial.mkdir(parents=True, exist_ok=True)
         self._journal = _open_journal(self.partial / _JOURNAL)
         try:
-            self._resume()
-            self._check_space()
-            self._lay_out()
+            with _disk_errors(out, plan.total_bytes):
+                self._resume()
+                self._check_space()
+                self._lay_out()
         except BaseException:
             self._close_files()
-            if not self._done:
+            if began and not self._done:
                 shutil.rmtree(self.partial)
             raise
 
@@ -184,28 +189,34 @@ class StoreWriter:
     def _tensor_checksums(self) -> bytes:
         """checksums.json: tensor file -> tensor -> xxh64 of its bytes, in hexadecimal."""
         table = {
-            file: {entry.key: f"{self._done[f'{file}/{entry.key}'][0]:016x}" for entry in layout.entries}
+            file: {HEADER_KEY: f"{xxhash.xxh64_intdigest(layout.header):016x}"}
+            | {entry.key: f"{self._done[f'{file}/{entry.key}'][0]:016x}" for entry in layout.entries}
             for file, layout in self.plan.tensor_files.items()
         }
         return json.dumps(table, indent=1).encode() + b"\n"
 
     def _publish(self) -> None:
-        replaced = self.out.with_name(self.out.name + ".replaced")
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        if self.replaced.exists():
+            shutil.rmtree(self.replaced)
         if self.out.exists():
-            os.rename(self.out, replaced)
+            os.rename(self.out, self.replaced)
         os.rename(self.partial, self.out)
         _fsync_directory(self.out.parent)
         # The journal goes last: a partial that is whole but not yet renamed stays resumable.
         (self.out / _JOURNAL).unlink()
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        if self.replaced.exists():
+            shutil.rmtree(self.replaced)
 
     def _close_files(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
         os.close(self._journal)
+
+
+def _check_ours(path: Path, mark: str) -> None:
+    """Refuse to touch a directory of the name we would use that we did not make (`mark` is in all we made)."""
+    if path.exists() and not (path.is_dir() and ((path / mark).is_file() or not any(path.iterdir()))):
+        raise UsageError(f"{path} is not of our making, so it is not replaced: move it away or choose another OUT")
 
 
 def _record_item(layer: int, expert: int) -> str:
@@ -224,6 +235,11 @@ def _open_journal(path: Path) -> int:
     except BlockingIOError:
         os.close(journal)
         raise UsageError(f"another process is writing {path.parent}: wait for it or choose another OUT") from None
+    except OSError as error:
+        os.close(journal)
+        raise UsageError(
+            f"{path.parent}: its file system has no locks ({error.strerror}): choose another OUT"
+        ) from None
     return journal
 
 

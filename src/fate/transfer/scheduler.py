@@ -175,9 +175,14 @@ class TransferScheduler:
             self._closed = True
             self._work.notify_all()
             self._done.notify_all()
+        if threading.current_thread() in self._threads:  # a finalizer may run in one of them, even under the lock
+            threading.Thread(target=self._join, name="fate-transfer-close").start()
+        else:
+            self._join()
+
+    def _join(self) -> None:
         for thread in self._threads:
-            if thread is not threading.current_thread():  # a finalizer may run in one of them
-                thread.join()
+            thread.join()
         self._source.close()
 
     def _wait_done(self) -> None:
@@ -202,7 +207,7 @@ class TransferScheduler:
         """The next transfer to read, now marked as being read; None: nothing may start."""
         if self._closed or not (self._demands or self._prefetches):
             return None
-        if not self._demands and self._demand_reading():
+        if (not self._demands and self._demand_reading()) or self._closed:
             return None
         transfer = self._demands.popleft() if self._demands else self._prefetches.pop()
         transfer.state = State.READING

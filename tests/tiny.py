@@ -79,10 +79,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+_OTHERS = {  # families that only single tests want
+    "gpt_oss": {**_ATTENTION, "intermediate_size": 64, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+}
+
+
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     """The family's configuration at test size; every layer but DeepSeek's first is MoE."""
-    settings = {"max_position_embeddings": 512, "dtype": "float32", "bos_token_id": 256, "eos_token_id": 257}
-    return AutoConfig.for_model(family, **{**settings, "pad_token_id": None, **FAMILIES[family], **overrides})
+    settings: dict[str, Any] = {
+        "max_position_embeddings": 512,
+        "dtype": "float32",
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
+    return AutoConfig.for_model(
+        family, **{**settings, "pad_token_id": None, **{**FAMILIES, **_OTHERS}[family], **overrides}
+    )
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

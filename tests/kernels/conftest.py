@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from fate.kernels import native
 
@@ -19,15 +18,6 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=["avx512-vnni", "portable"])
 def compiled_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _selected(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These products are too small to share out; tests that want more threads set them, and this puts them back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _selected(name: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ import pytest
 # Lowest first. `fate` itself stands for the package's `__init__` alone, not for everything under it.
 LAYERS: dict[str, tuple[str, ...]] = {
     "values": ("fate.core", "fate.errors"),
-    "foundation": ("fate.registry", "fate.memory"),
+    "foundation": ("fate.registry", "fate.memory", "fate.directories"),
     "store format": ("fate.store.format",),
     "policies": ("fate.cache", "fate.predict", "fate.precision", "fate.transfer.scheduler", "fate.trace"),
     "simulation": ("fate.sim",),
@@ -27,11 +27,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine": (
         "fate.convert",
         "fate.synth",
+        "fate.synth_routing",
         "fate.runtime",
         "fate.systems",
         "fate.diagnosis",
         "fate.evaluate",
         "fate.inspection",
+        "fate.profile",
+        "fate.profiling",
+        "fate.similarity",
     ),
     "public API": ("fate", "fate.loading"),
     "front ends": ("fate.cli", "fate.server", "fate.bench"),

@@ -16,7 +16,9 @@ from fate.quant.packing import unpack_plane
 from fate.store.format import GROUP, RecordLayout, padded_cols
 from fate.store.plan import packed_layout
 from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE, StoreReader
-from fate.synth import EMBEDDING_STD, MODELS, STD, byte_tokenizer, synth
+from fate.store.tensorfile import TensorEntry
+from fate.synth import MODELS, _Noise, byte_tokenizer, synth
+from fate.synth_routing import EMBEDDING_STD, STD
 from tiny import FAMILIES
 
 
@@ -83,6 +85,14 @@ def test_the_same_seed_gives_the_same_bytes(tiny_name: str, tmp_path: Path) -> N
     assert (first / EXPERTS_FILE).read_bytes() != (other / EXPERTS_FILE).read_bytes()
 
 
+def test_blocks_of_a_large_matrix_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fate.synth._POOL_BYTES", 1 << 18)  # a pool of 2^14 numbers
+    entry = TensorEntry("matrix", torch.bfloat16, (64, 512))
+    first, second = (piece for _, piece in _Noise(0).matrix(entry, 1, STD))
+    assert first.numel() + second.numel() == 64 * 512
+    assert not torch.equal(first, second)
+
+
 def test_the_int2_slope_is_unbiased_for_uniform_codes(tiny_name: str, tmp_path: Path) -> None:
     out = synth(tiny_name, tmp_path / "out", num_layers=1)
     reader = StoreReader(out)
@@ -126,6 +136,8 @@ def test_text_can_be_fed(tiny_name: str, tmp_path: Path) -> None:
 def test_wrong_requests_are_refused(tiny_name: str, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"deepseek-moe-16b, qwen1.5-moe-a2.7b"):
         synth("gpt-5", tmp_path / "out")
+    with pytest.raises(UnknownNameError, match="unknown routing 'random': choose one of real, uniform"):
+        synth(tiny_name, tmp_path / "out", routing="random")
     with pytest.raises(UsageError, match="dense_bits=5"):
         synth(tiny_name, tmp_path / "out", dense_bits=5)
     (tmp_path / "out").mkdir()

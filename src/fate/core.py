@@ -36,10 +36,13 @@ class Routing:
     """What a router decided for one layer in one step.
 
     pairs_per_expert: expert id -> number of (token, rank) pairs routed to it with non-zero weight, most popular first.
+    tokens: rows the router saw. prefill: they are a prompt's, not one next token of each sequence.
     """
 
     layer: int
     pairs_per_expert: dict[int, int]
+    tokens: int = 1
+    prefill: bool = False
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -48,7 +51,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Experts a predictor expects `layer` to need, most confident first, with the confidence of each in [0, 1]."""
+    """Experts a predictor expects `layer` to need, most confident first, with the confidence of each in [0, 1].
+
+    Confidences order the reads of all layers ahead; 0 means: named, but not worth a read.
+    """
 
     layer: int
     ranked: tuple[tuple[int, float], ...]
@@ -65,8 +71,10 @@ class StepStats:
     accesses = hits + misses; a hit is an expert resident (at the precision wanted) when its layer acquired it,
     cached or prefetched. `first_accesses` are those of experts never accessed before. Of the `uncached` experts
     (needed, and not in the layer's cache), `covered` were named by the predictor before routing was known,
-    `prefetch_hits` had arrived and `late_prefetches` were on their way. `prefetch_used_bytes` of `prefetch_bytes` were
-    acquired by the layer they were read for.
+    `prefetch_hits` had arrived and `late_prefetches` were on their way. Where the predictor had named experts of a
+    layer, `recalled` of the `asked` accesses were among as many of its first as the layer then needed (recall@k).
+    `prefetch_used_bytes` of `prefetch_bytes` were acquired by the layer they were read for. `upgrade_bytes` (of all
+    bytes) completed INT2 records. For one layer, `total_s` is from its routing to its sum.
     """
 
     tokens: int = 0
@@ -78,10 +86,14 @@ class StepStats:
     covered: int = 0
     prefetch_hits: int = 0
     late_prefetches: int = 0
+    asked: int = 0
+    recalled: int = 0
     evictions: int = 0
     demand_bytes: int = 0
     prefetch_bytes: int = 0
     prefetch_used_bytes: int = 0
+    upgrade_bytes: int = 0
+    predict_s: float = 0.0
     stall_s: float = 0.0
     expert_compute_s: float = 0.0
     total_s: float = 0.0
@@ -97,6 +109,10 @@ class StepStats:
     @property
     def coverage(self) -> float:
         return self.covered / self.uncached if self.uncached else 0.0
+
+    @property
+    def recall(self) -> float:
+        return self.recalled / self.asked if self.asked else 0.0
 
     @property
     def bytes_moved(self) -> int:

@@ -40,6 +40,36 @@ class ExpertShareError(UsageError):
         super().__init__(f"experts {value!r} is not valid: write a share such as 25% or a positive number")
 
 
+class LinkSpeedError(UsageError):
+    """A link's speed that cannot be read, or is not positive."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__(
+            f"link speed {value!r} is not valid: write a positive number of bytes per second such as 12GB/s, 800MB/s "
+            "or 1GiB/s"
+        )
+
+
+class LinkMemoryError(UsageError):
+    """An emulated link moves from memory, which cannot hold all experts."""
+
+    def __init__(self, needed_bytes: int, free_bytes: int) -> None:
+        from fate.memory import format_bytes
+
+        super().__init__(
+            f"an emulated link keeps all experts in memory, which takes {format_bytes(needed_bytes)}, and "
+            f"{format_bytes(free_bytes)} are free: leave the link out (experts then come from the disk) or use a "
+            "smaller store"
+        )
+
+
+class MissingPackageError(UsageError):
+    """An optional dependency is asked for and is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'fate-moe[{extra}]'")
+
+
 class BudgetTooLargeError(UsageError):
     """More than this machine (or its cgroup) has free."""
 
@@ -117,6 +147,29 @@ class DiskFullError(FateError):
 
 class TransferError(FateError):
     """A read of expert bytes failed; the original error is its `__cause__`."""
+
+
+class TraceError(FateError):
+    """A routing trace that cannot be used: not one, of another version, cut short or damaged. line: None: all of it."""
+
+    def __init__(self, path: object, line: int | None, problem: str) -> None:
+        super().__init__(f"{path}: {problem}" if line is None else f"{path}, line {line}: {problem}")
+
+
+class MissingCostsError(UsageError):
+    def __init__(self, allocation: str) -> None:
+        super().__init__(
+            f"allocation {allocation!r} needs what a missing expert costs in each layer, and none was measured: record "
+            "a routing trace first, or choose an allocation such as uniform"
+        )
+
+
+class ProfileMissingError(UsageError):
+    def __init__(self, system: str) -> None:
+        super().__init__(
+            f"system {system!r} goes by measured times and there is no profile of this machine and store: call "
+            "fate.loading.ensure_profile(model), or run fate profile"
+        )
 
 
 class ClosedError(UsageError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -12,8 +13,11 @@ from typing import cast
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from fate.convert import convert, copied_files, transformers_config
+from fate.directories import cache_directory
 from fate.errors import OutputExistsError, StoreError, UsageError
 from fate.memory import MemoryPlan, format_bytes, parse_experts, parse_memory
+from fate.profile import read_profile, write_profile
+from fate.profiling import SAMPLE_TEXT, measure
 from fate.runtime import quantizer as quantizer  # registers the store's format with transformers
 from fate.runtime.assembly import LoadOptions
 from fate.runtime.planning import DEFAULT_PREFILL_CHUNK
@@ -21,7 +25,9 @@ from fate.runtime.session import FateModel
 from fate.store.checkpoint import Checkpoint, resolve_source
 from fate.store.reader import is_store, read_config
 from fate.systems import EXACT, System, resolve_system
+from fate.transfer.memory import parse_link
 
+logger = logging.getLogger("fate")
 Progress = Callable[[int, int, str], None]
 
 
@@ -35,6 +41,7 @@ def load(
     max_batch: int = 1,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     logit_rows: int | None = None,
+    link: str | float | None = None,
     on_plan: Callable[[MemoryPlan, System], None] | None = None,
     on_convert: Progress | None = None,
 ) -> FateModel:
@@ -46,7 +53,9 @@ def load(
     "exact" stands for the one, of those whose output is bit-identical to the fully resident model, that is usually
     the fastest. max_context, max_batch,
     prefill_chunk (tokens a forward) and logit_rows bound what the plan covers; beyond them a call raises
-    EnvelopeError. on_plan is called before anything is allocated; by default the plan goes to standard error.
+    EnvelopeError. link: serve the records from a copy in memory at this speed ("12GB/s") instead of from the disk, to
+    see how another machine would fare (the copy is a row of the plan). on_plan is called before anything is allocated;
+    by default the plan goes to standard error.
 
     Returns the transformers model; `model.fate` has `stats()`, `plan` and `close()`, and `with` closes it.
     Raises a FateError: ModelNotFoundError, NotMoEError, UnsupportedModelError, CheckpointError, StoreError,
@@ -55,25 +64,46 @@ def load(
     if memory is not None:
         memory = parse_memory(memory)  # before a conversion that may take minutes
     parse_experts(experts, total=1)
+    if link is not None:
+        parse_link(link)
     counts = {"max_context": max_context, "max_batch": max_batch, "prefill_chunk": prefill_chunk}
     for name, value, least in [*((n, v, 1) for n, v in counts.items()), ("logit_rows", logit_rows, max_batch)]:
         if value is not None and value < least:
             raise UsageError(f"{name}={value} is not valid: give a whole number of at least {least}")
+    wanted = resolve_system(system)
     options = LoadOptions(
         memory,
         experts,
-        resolve_system(system),
+        wanted,
         max_context,
         max_batch,
         prefill_chunk,
         logit_rows,
+        link,
         on_plan or print_plan,
     )
     store = ensure_store(model, on_convert)
     stored = read_config(store)["quantization_config"]
     config = transformers_config(store)
     config.quantization_config = {**stored, "load_options": options}
-    return cast(FateModel, AutoModelForCausalLM.from_pretrained(store, config=config, dtype="auto"))
+    loaded = cast(FateModel, AutoModelForCausalLM.from_pretrained(store, config=config, dtype="auto"))
+    if loaded.fate.system != wanted:
+        ensure_profile(loaded)
+        loaded.fate.reconfigure(system=wanted, experts=experts, link=link)
+    return loaded
+
+
+def ensure_profile(model: FateModel) -> None:
+    """Give `model` the timing profile of its store, measured now (some seconds) unless there is one that holds."""
+    store, header = model.fate.reader.path, model.fate.reader.header
+    reading = read_profile(store, header)
+    profile = reading.profile
+    if profile is None:
+        logger.warning("timing profile of %s: %s; measuring", store.name, reading.why_not)
+        ids = load_tokenizer(store)(SAMPLE_TEXT, return_tensors="pt").input_ids[0]
+        profile = measure(model, ids)
+        write_profile(profile, store)
+    model.fate.use_profile(profile)
 
 
 def ensure_store(model: str | os.PathLike[str], on_convert: Progress | None = None) -> Path:
@@ -110,13 +140,6 @@ def load_tokenizer(store: Path) -> PreTrainedTokenizerBase:
         raise StoreError(
             f"{store} has no tokenizer that transformers can load ({reason}): copy the model's tokenizer files into it"
         ) from error
-
-
-def cache_directory() -> Path:
-    """Where converted stores are kept: `$FATE_CACHE`, else `$XDG_CACHE_HOME/fate`, else `~/.cache/fate`."""
-    if override := os.environ.get("FATE_CACHE"):
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fate"
 
 
 def print_plan(plan: MemoryPlan, system: System) -> None:

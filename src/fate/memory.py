@@ -101,7 +101,7 @@ class Needs:
 
     runtime: interpreter, libraries and their thread-local scratch. dense: weights that stay resident. kv_cache: for
     the whole envelope. buffers: activations, expert rows, logits. slot: one expert. min_slots keeps every layer's
-    floor and the transient region; max_slots holds every expert.
+    floor and the transient region; max_slots holds every expert. records: of the slower tier, where that is memory too.
     """
 
     runtime: int
@@ -112,10 +112,11 @@ class Needs:
     min_slots: int
     max_slots: int
     total_experts: int
+    records: int = 0
 
     @property
     def fixed(self) -> int:
-        return self.runtime + self.dense + self.kv_cache + self.buffers
+        return self.runtime + self.dense + self.kv_cache + self.buffers + self.records
 
     @property
     def smallest(self) -> int:
@@ -140,7 +141,9 @@ class MemoryPlan:
         """(name, bytes, note) for the printed table."""
         n, e = self.needs, self.envelope
         share = min(self.num_slots, n.total_experts) / n.total_experts
+        slower_tier = [("records", n.records, "the slower tier, emulated in memory")] if n.records else []
         return [
+            *slower_tier,
             ("runtime", n.runtime, "interpreter, torch, transformers"),
             ("dense weights", n.dense, "attention, shared experts, embeddings"),
             ("KV cache", n.kv_cache, f"{e.max_batch} x {e.max_context} tokens"),

@@ -1,14 +1,13 @@
 """Stores of full-size models with random weights, written at disk speed: for speed work without a download.
 
-Codes are drawn as packed bytes and scales so that dequantized weights have zero mean and a standard deviation of
-0.02 (embeddings: EMBEDDING_STD); nothing is quantized. With small embeddings a random network's hidden states of all
-tokens collapse into one direction and with them the routing, which flatters every cache. With large ones a token's own
-embedding carries through: routing is nearly uniform over experts and depends on the token, the hard case for a cache,
-and the next layer's gate on this layer's input is right more often than a real model's.
+Codes are drawn as packed bytes under scales that give dequantized weights zero mean and the standard deviation wanted;
+nothing is quantized. `synth_routing.py` says which deviations and vectors, and with them how the store routes: about as
+trained models do (`real`) or nearly uniformly over experts (`uniform`). Random weights all of one size would route
+neither way: hidden states of all tokens collapse into one direction and with them the routing.
 
 `deepseek-moe-16b` is expressed as Glm4Moe, the transformers class with DeepSeekMoE-16B's parts (multi-head attention,
 a dense first layer, ungated shared experts, unnormalised top-k weights): all matrix shapes are the original's, but
-the router's scores are sigmoids where DeepSeekMoE-16B has a softmax.
+the router's scores are sigmoids where DeepSeekMoE-16B has a softmax, and queries, keys and values have biases.
 
 >>> synth("qwen1.5-moe-a2.7b", Path("synthetic-qwen"), num_layers=2)
 PosixPath('synthetic-qwen')
@@ -20,7 +19,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,13 @@ from fate.store.format import CONSTANTS_BYTES, FORMAT_VERSION, GROUP, LayerSpec,
 from fate.store.plan import StorePlan, plan_store
 from fate.store.tensorfile import TensorEntry
 from fate.store.writer import StoreWriter
+from fate.synth_routing import ROUTINGS, STD, UniformRouting
 
-STD = 0.02
 _GAIN = 2.0**-13  # keeps stored scales in the middle of float16's range
 _INT2_SLOPE = 1.0625  # <w, w> / <w, w_int2> of uniform codes: 21.25 / 20
-EMBEDDING_STD = 256 * STD
 _POOL_BYTES = 64 * 1024**2
 _STRIDE = 4096 * 1001 + 64  # no two of a model's items begin at the same place of the pool
+_BLOCK_ITEMS = 4099  # more than a model has, so that the blocks of one tensor begin apart too
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 _COMMON = {"dtype": "bfloat16", "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 _QWEN = {
@@ -79,6 +78,7 @@ _DEEPSEEK = {
     "vocab_size": 102400,
     "norm_topk_prob": False,
     "num_mtp_layers": 0,
+    "attention_bias": True,
     "max_position_embeddings": 4096,
 }
 MODELS: dict[str, dict[str, Any]] = {"qwen1.5-moe-a2.7b": _QWEN, "deepseek-moe-16b": _DEEPSEEK}
@@ -91,11 +91,13 @@ def synth(
     dense_bits: int = 4,
     num_layers: int | None = None,
     progress: Progress | None = None,
+    routing: str = "real",
 ) -> Path:
     """Write a store of random weights of the shapes of `name` (one of MODELS) at `out`, and return `out`.
 
-    Experts are INT4; dense_bits is 4, 8 or 16. num_layers: the model's own unless given. Memory stays under a few
-    hundred MiB. Raises UnknownNameError, UsageError, OutputExistsError or DiskFullError.
+    Experts are INT4; dense_bits is 4, 8 or 16. num_layers: the model's own unless given. routing: "real" or "uniform",
+    see `synth_routing`. Memory stays under a few hundred MiB.
+    Raises UnknownNameError, UsageError, OutputExistsError or DiskFullError.
     """
     if name not in MODELS:
         raise UnknownNameError("synthetic model", name, MODELS)
@@ -104,11 +106,12 @@ def synth(
     config = AutoConfig.for_model(
         **{**_COMMON, **MODELS[name], **({"num_hidden_layers": num_layers} if num_layers else {})}
     )
-    plan = _plan(config, seed, dense_bits)
+    shape = ROUTINGS.get(routing)(config)
+    plan = _plan(config, seed, dense_bits, routing)
     noise = _Noise(seed)
     done, total = 0, plan.item_bytes
     with StoreWriter(Path(out), plan) as writer:
-        for what, size in _write_items(writer, noise):
+        for what, size in _write_items(writer, noise, shape):
             done += size
             if progress:
                 progress(done, total, what)
@@ -156,7 +159,7 @@ class _Noise:
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._bytes = torch.randint(256, (_POOL_BYTES,), dtype=torch.uint8, generator=generator)
-        self._normal = torch.randn(_POOL_BYTES // 16, generator=generator) * STD
+        self._normal = torch.randn(_POOL_BYTES // 16, generator=generator)
 
     def record(self, layout: RecordLayout, item: int, std: float = STD) -> torch.Tensor:
         """uint8 [layout.record_bytes]: uniform codes under scales that give zero mean and standard deviation `std`."""
@@ -173,20 +176,16 @@ class _Noise:
             record[section.affine : section.affine + affine.nbytes] = affine.view(torch.uint8).reshape(-1)
         return record
 
-    def tensor(self, entry: TensorEntry, item: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(byte offset, piece) pairs of a dense tensor: ones for norms, zeros for other vectors, else noise."""
-        if len(entry.shape) < 2:
-            yield 0, torch.full(entry.shape, 1.0 if "norm" in entry.key else 0.0, dtype=entry.dtype)
-            return
-        at, size = 0, self._normal.numel()
-        while at < entry.nbytes:
-            count = min(size, (entry.nbytes - at) // entry.dtype.itemsize)
-            yield at, (_cycled(self._normal, item + at, count) * (_std(entry.key) / STD)).to(entry.dtype)
-            at += count * entry.dtype.itemsize
+    def normal(self, item: int, count: int) -> torch.Tensor:
+        """float32 [count] of mean 0 and standard deviation 1."""
+        return _cycled(self._normal, item, count)
 
-
-def _std(key: str) -> float:
-    return EMBEDDING_STD if key.endswith("embed_tokens.weight") else STD
+    def matrix(self, entry: TensorEntry, item: int, std: float) -> Iterator[tuple[int, torch.Tensor]]:
+        """(byte offset, piece) pairs of a dense tensor of normal numbers."""
+        step = self._normal.numel() * entry.dtype.itemsize
+        for block, at in enumerate(range(0, entry.nbytes, step)):
+            count = min(step, entry.nbytes - at) // entry.dtype.itemsize
+            yield at, (self.normal(item + block * _BLOCK_ITEMS, count) * std).to(entry.dtype)
 
 
 def _cycled(pool: torch.Tensor, item: int, count: int) -> torch.Tensor:
@@ -198,7 +197,7 @@ def _cycled(pool: torch.Tensor, item: int, count: int) -> torch.Tensor:
     )
 
 
-def _write_items(writer: StoreWriter, noise: _Noise) -> Iterator[tuple[str, int]]:
+def _write_items(writer: StoreWriter, noise: _Noise, shape: UniformRouting) -> Iterator[tuple[str, int]]:
     """Write what `writer` lacks; yields (what, bytes) after each item."""
     item = 0
     for layer, spec in enumerate(writer.plan.header.layers):
@@ -213,12 +212,22 @@ def _write_items(writer: StoreWriter, noise: _Noise) -> Iterator[tuple[str, int]
             item += 1
             if not writer.has_tensor(file, entry.key):
                 packed = writer.plan.packed.get(entry.key)
-                parts = [(0, noise.record(packed, item, _std(entry.key)))] if packed else noise.tensor(entry, item)
-                writer.write_tensor(file, entry.key, parts)
+                writer.write_tensor(file, entry.key, _tensor_parts(entry, packed, item, noise, shape))
             yield entry.key, entry.nbytes
 
 
-def _plan(config: PreTrainedConfig, seed: int, dense_bits: int) -> StorePlan:
+def _tensor_parts(
+    entry: TensorEntry, packed: RecordLayout | None, item: int, noise: _Noise, shape: UniformRouting
+) -> Iterable[tuple[int, torch.Tensor]]:
+    """(byte offset, piece) pairs of a tensor. packed: its layout where it is a packed matrix."""
+    if packed is not None:
+        return [(0, noise.record(packed, item, shape.std(entry.key)))]
+    if len(entry.shape) == 1:
+        return [(0, shape.vector(entry.key, noise.normal(item, *entry.shape)).to(entry.dtype))]
+    return noise.matrix(entry, item, shape.std(entry.key))
+
+
+def _plan(config: PreTrainedConfig, seed: int, dense_bits: int, routing: str) -> StorePlan:
     model = build_meta_model(config)
     layers = find_moe_layers(model)
     stacked = {f"{layer.name}.{matrix.name}" for layer in layers for matrix in layer.matrices}
@@ -230,7 +239,7 @@ def _plan(config: PreTrainedConfig, seed: int, dense_bits: int) -> StorePlan:
     ]
     raw = json.loads(config.to_json_string())
     raw["architectures"] = [type(model).__name__]
-    origin = ["synth", FORMAT_VERSION, raw, seed, dense_bits]
+    origin = ["synth", FORMAT_VERSION, raw, seed, dense_bits, routing]
     fingerprint = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         pair_tokenizer().save_pretrained(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fate.cache import ALLOCATIONS, POLICIES
+from fate.cache import ALLOCATIONS, NEEDS_COSTS, POLICIES
 from fate.errors import UnknownNameError
 from fate.precision import PRECISIONS
 from fate.predict import PREDICTORS
@@ -17,13 +17,18 @@ from fate.registry import Registry
 
 @dataclass(frozen=True)
 class System:
-    """predictor, policy, allocation, precision: names in their registries. source: where it was published."""
+    """predictor, policy, allocation, precision: names in their registries. cached: whether experts stay once used.
+    early_routing: demand at a block's entry where it allows it. switches_off: prefetching is tried, and given up where
+    it loses. source: where it was published."""
 
     name: str
     predictor: str = "none"
     policy: str = "lru"
     allocation: str = "uniform"
     precision: str = "full"
+    cached: bool = True
+    early_routing: bool = False
+    switches_off: bool = False
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -31,6 +36,15 @@ class System:
         POLICIES.get(self.policy)
         ALLOCATIONS.get(self.allocation)
         PRECISIONS.get(self.precision)
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether it goes by measured times of this machine and store."""
+        return self.allocation in NEEDS_COSTS or PRECISIONS.get(self.precision).needs_timing
+
+    @property
+    def guesses(self) -> bool:
+        return self.predictor != "none"
 
     @property
     def exact(self) -> bool:
@@ -41,9 +55,64 @@ SYSTEMS: Registry[System] = Registry("system")
 EXACT = "exact"
 
 for _system in (
+    System(
+        "load-on-demand-uncached",
+        cached=False,
+        source="the baseline of arXiv 2502.12224 without a cache: every expert is fetched when routed to",
+    ),
     System("load-on-demand", source="the baseline of arXiv 2502.12224: experts fetched when routed to, LRU"),
-    System("cross-layer", predictor="cross-layer", source="Fate's cross-layer gate, arXiv 2502.12224, over LRU"),
-    System("cross-layer-int2", predictor="cross-layer", precision="int2", source="lossy: every expert at INT2"),
+    System(
+        "cross-layer",
+        predictor="cross-layer",
+        early_routing=True,
+        source="Fate's cross-layer gate, arXiv 2502.12224, over LRU",
+    ),
+    System(
+        "eap",
+        predictor="activation-path",
+        policy="activation-aware",
+        source="MoE-Infinity, arXiv 2401.14361: the expert activation path of Fate's comparison",
+    ),
+    System(
+        "fate-published",
+        predictor="cross-layer",
+        policy="arc",
+        allocation="shallow",
+        source="Fate, arXiv 2502.12224, with its shallow-favoring cache; uniform precision",
+    ),
+    System(
+        "fate",
+        predictor="cross-layer",
+        policy="arc",
+        early_routing=True,
+        switches_off=True,
+        source="ours: the published system with what measurement added and without what it took away",
+    ),
+    System(
+        "fate-measured",
+        predictor="cross-layer",
+        policy="arc",
+        allocation="measured",
+        early_routing=True,
+        switches_off=True,
+        source="fate, its slots shared by what a miss costs in each layer",
+    ),
+    System(
+        "fate-hybrid",
+        predictor="cross-layer",
+        policy="arc",
+        precision="popularity",
+        early_routing=True,
+        switches_off=True,
+        source="fate with the hybrid quantization of arXiv 2502.12224: lossy in prefill",
+    ),
+    System(
+        "cross-layer-int2",
+        predictor="cross-layer",
+        precision="int2",
+        early_routing=True,
+        source="lossy: every expert at INT2",
+    ),
 ):
     SYSTEMS.register(_system.name)(_system)
 
@@ -54,7 +123,7 @@ def resolve_system(system: str | System) -> System:
         return system
     if system not in system_names():
         raise UnknownNameError("system", system, system_names())
-    return SYSTEMS.get("cross-layer" if system == EXACT else system)
+    return SYSTEMS.get("fate" if system == EXACT else system)
 
 
 def system_names() -> tuple[str, ...]:

@@ -3,11 +3,10 @@
 import dataclasses
 
 import hypothesis.strategies as st
-import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fate.cache import ALLOCATIONS, POLICIES, ExpertCache
+from fate.cache import POLICIES, ExpertCache
 from fate.core import ExpertKey
 
 
@@ -111,15 +110,3 @@ def test_promotion_moves_no_slot():
     assert cache.lookup(old.key) is None
     assert cache.evictions == 1
     assert cache.stage(ExpertKey(0, 2)).slot == old.slot
-
-
-@pytest.mark.parametrize("name", ALLOCATIONS.names())
-@settings(max_examples=100, deadline=None)
-@given(
-    experts=st.lists(st.integers(1, 64), min_size=1, max_size=30), slots=st.integers(0, 3000), floor=st.integers(0, 3)
-)
-def test_allocations_share_every_slot(name, experts, slots, floor):
-    floors = [min(floor, n) for n in experts]
-    shares = ALLOCATIONS.get(name)(experts, slots, floor)
-    assert all(low <= share <= n for low, share, n in zip(floors, shares, experts, strict=True))
-    assert sum(shares) == max(sum(floors), min(slots, sum(experts)))

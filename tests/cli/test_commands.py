@@ -17,13 +17,15 @@ from fate import synth as synth_module
 from fate.cli.app import COMMANDS
 from fate.store.reader import EXPERTS_FILE, PACKED_FILE, is_store
 from fate.store.writer import StoreWriter
+from fate.systems import EXACT, resolve_system
 from tiny import FAMILIES, tiny_checkpoint, tiny_store
 
 
 def test_run_streams_text_and_says_how_it_went(cli: Cli) -> None:
     result = cli("run", tiny_store(FAMILY), "Once", "--experts", "50%", "--max-new-tokens", 12, "--json")
     assert result.code == 0, result.err
-    assert result.err.startswith("system cross-layer\nruntime ")
+    default = resolve_system(EXACT).name
+    assert result.err.startswith(f"system {default}\nruntime ")
     assert re.search(r"^expert slots .* for 24 experts \(50%\)$", result.err, re.M)
     summary = result.err.splitlines()[-1]
     assert re.fullmatch(
@@ -32,7 +34,7 @@ def test_run_streams_text_and_says_how_it_went(cli: Cli) -> None:
     ), summary
     report = result.json
     assert (report["prompt_tokens"], report["new_tokens"]) == (4, 12)
-    assert report["system"] == "cross-layer"
+    assert report["system"] == default
     assert 0 < report["hit_rate"] <= 1
     assert report["slots"] == 12
     assert not [t for t in threading.enumerate() if t.name.startswith("fate-transfer")]
@@ -125,6 +127,24 @@ def test_inspect_names_a_budget_that_loads(cli: Cli, make: Callable[[str], Path]
         assert model.fate.plan.total <= model.fate.plan.budget
 
 
+@pytest.mark.parametrize("make", [tiny_store, tiny_checkpoint])
+def test_inspect_on_a_text(cli: Cli, tmp_path: Path, make: Callable[[str], Path]) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 20)
+    result = cli("inspect", make(FAMILY), "--text", tmp_path / "text.txt", "--max-tokens", 70, "--json")
+    assert result.code == 0, result.err
+    assert result.err == ""
+    assert f"70 tokens of {tmp_path / 'text.txt'}" in result.out
+    title, *rows = result.out.splitlines()[-6:-1]
+    assert title.split() == ["layer", "cosine", "to", "next", "recall@3", "at", "6", "busiest/mean"]
+    assert [row.split()[0] for row in rows] == ["0", "1", "2", "mean"]
+    assert re.fullmatch(r" +1 +0\.\d{3} +\d+\.\d% +\d+\.\d% +\d\.\d{3}", rows[1])
+    similarity = result.json["similarity"]
+    assert similarity["tokens"] == 70
+    recalls = [layer["recall_at_k"] for layer in similarity["layers"]]
+    assert recalls[0] is None
+    assert similarity["mean"]["recall_at_k"] == pytest.approx(sum(recalls[1:]) / 2)
+
+
 def test_figures_of_a_checkpoint_are_those_of_its_store(cli: Cli) -> None:
     for family in ("qwen2_moe", "qwen3_moe"):  # the second has tied embeddings
         before, after = (cli("inspect", make(family), "--json").json for make in (tiny_checkpoint, tiny_store))
@@ -141,18 +161,6 @@ def test_eval(cli: Cli, tmp_path: Path) -> None:
     assert re.match(r"perplexity [\d.]+ · [\d.]+ nats/token · 127 tokens · ", result.out)
     assert result.json["tokens"] == 127
     assert 50 < result.json["perplexity"] < 2000, "about as bad as chance among 259"
-
-
-def test_bench(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fate.diagnosis.disk_read_gb_per_s", lambda path: (True, 2.5))
-    (tmp_path / "text.txt").write_text("the quick brown fox " * 20)
-    counts = ("--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 1)
-    result = cli("bench", tiny_store(FAMILY), "--text", tmp_path / "text.txt", *counts, "--experts", 6, "--json")
-    assert result.code == 0, result.err
-    assert result.out.splitlines()[0].split() == ["load-on-demand", "cross-layer"]
-    assert max(len(line) for line in result.out.splitlines()[:-1]) <= 80
-    assert result.json["disk_read_gb_per_s"] == 2.5
-    assert result.json["systems"]["cross-layer"]["decode_tokens_per_s"] > 0
 
 
 def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,13 +85,14 @@ def test_a_bad_checkpoint(refuse: Refuse, tmp_path: Path, command: str, kind: st
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("command", ["run", "convert", "inspect", "eval", "bench"])
+@pytest.mark.parametrize("command", ["run", "convert", "inspect", "eval", "bench text"])
 @pytest.mark.parametrize("name", ["no-such-directory", "org/name", "a file", "/no/such/path", ""])
 def test_a_model_that_is_nowhere(refuse: Refuse, command: str, name: str, tmp_path: Path) -> None:
     Path("a file").write_text("x")
     (tmp_path / "text.txt").write_text("x")
-    more = {"run": ["prompt"], "eval": ["--text", tmp_path / "text.txt"], "bench": ["--text", tmp_path / "text.txt"]}
-    line = refuse(2, command, name, *more.get(command, []))
+    text = ["--text", tmp_path / "text.txt"]
+    more = {"run": ["prompt"], "eval": text, "bench text": text}
+    line = refuse(2, *command.split(), name, *more.get(command, []))
     assert repr(name) in line
     assert "directory" in line
 
@@ -135,11 +136,12 @@ def test_a_flipped_byte_in_an_expert(cli: Cli, tmp_path: Path) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("fate-transfer")]
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "bench"])
+@pytest.mark.parametrize("command", ["run", "eval", "bench text"])
 def test_a_store_without_a_tokenizer(refuse: Refuse, tmp_path: Path, command: str) -> None:
     store = copied(tiny_store(FAMILY), tmp_path / "store")
     (store / "tokenizer.json").write_text("{}")
     (tmp_path / "text.txt").write_text("x")
-    line = refuse(1, command, store, *(["prompt"] if command == "run" else ["--text", tmp_path / "text.txt"]), stores=1)
+    more = ["prompt"] if command == "run" else ["--text", tmp_path / "text.txt"]
+    line = refuse(1, *command.split(), store, *more, stores=1)
     assert "has no tokenizer that transformers can load" in line
     assert "copy the model's tokenizer files" in line

@@ -38,7 +38,7 @@ def test_a_budget_below_the_dense_part_names_one_that_works(refuse: Refuse, cli:
         (["a\udcffb"], r"the prompt is not UTF-8 text: write it in UTF-8"),
         (["a" * 600], r"728 tokens of prompt and generation are beyond the plan's context of 512: .*--max-context 728"),
         (["abc", "--max-context", 5], r"131 tokens .* context of 5: shorten them or .*--max-context 131"),
-        (["abc", "--system", "fast"], r"unknown system 'fast': choose one of cross-layer, .*exact, load-on-demand"),
+        (["abc", "--system", "fast"], r"unknown system 'fast': choose one of cross-layer, .*exact, .*load-on-demand"),
         (["abc", "--temperature", "nan"], r"temperature nan is not valid: give 0"),
         (["abc", "--temperature", "-1"], r"temperature -1\.0 is not valid: give 0"),
         (["abc", "--top-p", 0], r"top-p 0\.0 is not valid: give a number above 0"),
@@ -68,7 +68,12 @@ def test_chat_needs_a_template(refuse: Refuse, tmp_path: Path) -> None:
         ["run", "model", "prompt", "--max-context", "0"],
         ["run", "model", "prompt", "--seed", "9" * 30],
         ["inspect", "model", "--max-context", "-5"],
+        ["inspect", "model", "--text", "file", "--max-tokens", "0"],
+        ["chat"],
+        ["chat", "model", "prompt"],
         ["eval", "model", "--text", "file", "--max-context", "1"],
+        ["bench", "text", "model"],
+        ["bench", "systems", "model"],
         ["bench", "model"],
         ["synth", "qwen1.5-moe-a2.7b"],
         ["synth", "qwen1.5-moe-a2.7b", "out", "--num-layers", "0"],
@@ -83,7 +88,7 @@ def test_a_command_line_that_is_none(cli: Cli, argv: list[str]) -> None:
     assert not list(Path.cwd().iterdir())
 
 
-@pytest.mark.parametrize("command", ["eval", "bench"])
+@pytest.mark.parametrize("command", ["eval", "bench text", "inspect"])
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -101,25 +106,27 @@ def test_a_text_that_is_none(
         file.write_bytes(content)
     elif content:
         file.mkdir()
-    line = refuse(2, command, tiny_store(FAMILY), "--text", file)
+    line = refuse(2, *command.split(), tiny_store(FAMILY), "--text", file)
     assert f"{file} {words}" in line
 
 
 def test_a_text_too_short(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("abc")
-    line = refuse(2, "bench", tiny_store(FAMILY), "--text", tmp_path / "text.txt")
+    line = refuse(2, "bench", "text", tiny_store(FAMILY), "--text", tmp_path / "text.txt")
     assert "the text has 3 tokens, 128 are needed: give a longer text" in line
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["bench", tiny_store, "--text", "text", "--systems", ","], "no system was named: give --systems"),
-        (["bench", tiny_store, "--text", "text", "--systems", "exact,x"], "unknown system 'x': choose one of"),
+        (["bench", "text", tiny_store, "--text", "text", "--systems", ","], "no system was named: give --systems"),
+        (["bench", "text", tiny_store, "--text", "text", "--systems", "exact,x"], "unknown system 'x': choose one of"),
+        (["inspect", tiny_store, "--max-tokens", "5"], "--max-tokens is of a text: give --text too"),
         (["convert", tiny_checkpoint, "out", "--expert-bits", "3"], r"expert_bits=3.*\(4, 16, 32\)"),
         (["convert", tiny_checkpoint, "out", "--dense-bits", "5"], r"dense_bits=5.*\(4, 8, 16\)"),
         (["convert", tiny_store, "out"], "it is a store already"),
         (["synth", "gpt", "out"], "unknown synthetic model 'gpt': choose one of"),
+        (["synth", "qwen1.5-moe-a2.7b", "out", "--routing", "x"], "unknown routing 'x': choose one of real, uniform"),
         (["synth", "qwen1.5-moe-a2.7b", "out", "--dense-bits", "5"], r"dense_bits=5: choose from \(4, 8, 16\)"),
         (["doctor", "--path", "nowhere"], "nowhere is not a directory: give one on the disk to measure"),
     ],

@@ -46,10 +46,10 @@ def test_bit_identical(mini_store, prompt, resident, system, budget):
         smallest = plan.needs.smallest - RUNTIME_SLACK_BYTES
         assert make_plan(smallest, plan.envelope, plan.needs).num_slots == plan.needs.min_slots
     if budget != "full":
-        assert stats.evictions > 0
+        assert stats.evictions > 0 or not system.cached
         assert stats.misses > 0
         assert plan.num_slots < plan.needs.total_experts
-    if system.predictor != "none":
+    if system.guesses and budget != "full":
         assert stats.prefetch_bytes > 0
         assert stats.prefetch_hits + stats.late_prefetches > 0
 

@@ -1,12 +1,8 @@
-"""Prefill and decode speed on a fixed sequence of tokens: every system sees the same tokens whatever it computes.
-
-Random weights decoding greedily collapse into one token and flatter every cache, so the text is given, not generated.
-"""
+"""Prefill and decode speed on one given text, with a load of its own for each pass, inside a memory budget."""
 
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +12,7 @@ from typing import Any
 import torch
 
 from fate.bench.environment import environment, peak_resident_bytes
-from fate.core import StepStats
+from fate.bench.passes import Pass, feed
 from fate.errors import UsageError
 from fate.loading import load, load_tokenizer
 from fate.runtime.session import FateModel
@@ -30,15 +26,6 @@ class Workload:
     prompt_tokens: int = 64
     new_tokens: int = 64
     repeats: int = 3
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One prefill and decode. Seconds are wall clock; `decode` counts that phase only."""
-
-    ttft_s: float
-    decode_s: float
-    decode: StepStats
 
 
 def measure(
@@ -56,7 +43,7 @@ def measure(
         for name in systems:
             progress(f"{name}, pass {repeat + 1} of {workload.repeats}")
             with load(store, system=name, on_plan=lambda *_: None, **limits) as model:
-                passes[name].append(_run(model, ids, workload))
+                passes[name].append(_run(model, ids, workload.prompt_tokens))
                 plan = model.fate.plan
                 plans[name] = {
                     "planned_bytes": plan.total,
@@ -84,26 +71,16 @@ def _tokens(store: Path, workload: Workload) -> torch.Tensor:
     return ids[:, :needed]
 
 
-@torch.inference_mode()
-def _run(model: FateModel, ids: torch.Tensor, workload: Workload) -> Pass:
+def _run(model: FateModel, ids: torch.Tensor, prompt_tokens: int) -> Pass:
     """A first pass warms the experts' cache; the second is measured."""
-    for _ in range(2):
-        cache = model.fate.new_cache(model.config)
-        start = time.perf_counter()
-        for piece in ids[:, : workload.prompt_tokens].split(model.fate.envelope.prefill_chunk, dim=1):
-            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        first_token = time.perf_counter()
-        before = model.fate.stats()
-        for at in range(workload.prompt_tokens, ids.shape[1]):
-            model(ids[:, at : at + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        end = time.perf_counter()
-    return Pass(first_token - start, end - first_token, (model.fate.stats() - before).decode)
+    feed(model, ids, prompt_tokens)
+    return feed(model, ids, prompt_tokens)
 
 
 def _summary(passes: list[Pass], workload: Workload) -> dict[str, Any]:
     speeds = sorted(workload.new_tokens / p.decode_s for p in passes)
     middle = sorted(passes, key=lambda p: p.decode_s)[len(passes) // 2]
-    stats = middle.decode
+    stats = middle.stats.decode
     return {
         "decode_tokens_per_s": median(speeds),
         "decode_tokens_per_s_range": [speeds[0], speeds[-1]],

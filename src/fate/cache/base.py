@@ -22,6 +22,9 @@ class EvictionPolicy(ABC):
     def on_hit(self, expert: int) -> None:
         """`expert` is cached and was accessed."""
 
+    def on_miss(self, expert: int) -> None:  # noqa: B027 - most policies look only at what is cached
+        """`expert` is not cached, was accessed and may enter next, after `victim` and `on_evict` where none is free."""
+
     @abstractmethod
     def on_insert(self, expert: int) -> None:
         """`expert` was not cached and now is, because it was accessed."""
@@ -29,6 +32,9 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def on_evict(self, expert: int) -> None:
         """`expert` left the cache (as the last `victim`, or because its bytes could not be read)."""
+
+    def begin_request(self) -> None:  # noqa: B027 - most policies keep nothing of a request
+        """A new sequence starts with the next access."""
 
     @abstractmethod
     def victim(self, pinned: Container[int]) -> int | None:

@@ -40,7 +40,7 @@ class Entry(Generic[T]):
     """One resident (or arriving) expert.
 
     staged: in the transient region. precision: what the slot holds (None: nothing yet). transfer: the read under way.
-    prefetched: read before it was asked for.
+    prefetched: read before it was asked for; confidence: of that guess.
     """
 
     key: ExpertKey
@@ -49,6 +49,7 @@ class Entry(Generic[T]):
     precision: Precision | None = None
     transfer: T | None = None
     prefetched: bool = False
+    confidence: float = 0.0
 
 
 class ExpertCache(Generic[T]):
@@ -83,6 +84,7 @@ class ExpertCache(Generic[T]):
 
     def admit(self, key: ExpertKey) -> Entry[T] | None:
         """Cache a new expert of `key.layer`, evicting if its layer is full; None when every cached one is pinned."""
+        self._policies[key.layer].on_miss(key.expert)
         slot = self._make_room(key.layer)
         if slot is None:
             return None
@@ -96,6 +98,7 @@ class ExpertCache(Generic[T]):
 
     def promote(self, entry: Entry[T]) -> bool:
         """Turn a staged expert into a cached one; False when its layer's cache is all pinned."""
+        self._policies[entry.key.layer].on_miss(entry.key.expert)
         slot = self._make_room(entry.key.layer)
         if slot is None:
             return False
@@ -122,6 +125,11 @@ class ExpertCache(Generic[T]):
     def staged(self) -> list[Entry[T]]:
         """Entries of the transient region, oldest first."""
         return list(self._staged.values())
+
+    def begin_request(self) -> None:
+        """A new sequence starts."""
+        for policy in self._policies:
+            policy.begin_request()
 
     def num_cached(self, layer: int) -> int:
         """Experts `layer` caches, landed or not; staged ones are not among them."""

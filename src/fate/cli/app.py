@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 from fate.cli.output import print_error
 from fate.errors import FateError
 
-COMMANDS = ("run", "convert", "inspect", "eval", "bench", "doctor", "synth")
+COMMANDS = ("run", "chat", "convert", "inspect", "eval", "bench", "profile", "doctor", "synth")
 _FIXES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",

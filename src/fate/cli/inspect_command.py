@@ -1,39 +1,102 @@
-"""`fate inspect`: what a model is made of, and the least memory it runs in."""
+"""`fate inspect`: what a model is made of, the least memory it runs in, and on a text how well its routers foretell."""
 
 from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from fate.cli import options
-from fate.cli.output import print_facts, print_json
-from fate.errors import FateError
+from fate.cli.output import byte_progress, out, print_facts, print_json, print_table, token_progress
+from fate.errors import FateError, UsageError
 from fate.memory import format_bytes, format_memory_argument
+
+if TYPE_CHECKING:
+    from fate.similarity import LayerSimilarity
+
+_DEFAULT_TOKENS = 2048
+_MEASURES = ("cosine_to_next", "recall_at_k", "recall_at_2k", "load_balance")
 
 
 def register(app: typer.Typer) -> None:
     app.command("inspect", epilog="Example: fate inspect assets/mini-moe")(inspect)
 
 
-def inspect(model: options.Model, max_context: options.MaxContext = None, json: options.Json = False) -> None:
+def inspect(
+    model: options.Model,
+    text: Annotated[
+        Path | None, typer.Option(help="Also run the model on this text (UTF-8): how far routers can be asked ahead.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help=f"Only so many tokens of the text. Default: {_DEFAULT_TOKENS}.")
+    ] = None,
+    max_context: options.MaxContext = None,
+    json: options.Json = False,
+) -> None:
     """Family, layers, experts, bytes at each precision, bits per weight, smallest legal budget."""
+    from fate.evaluate import read_text
     from fate.inspection import inspect_model
     from fate.loading import load_tokenizer
     from fate.store.checkpoint import resolve_source
     from fate.store.reader import is_store
 
+    if text is None and max_tokens is not None:
+        raise UsageError("--max-tokens is of a text: give --text too")
+    content = read_text(text) if text is not None else None
     path = Path(model) if is_store(model) else resolve_source(model)
     with suppress(FateError):
         load_tokenizer(path)  # resident in `fate run` too, and not small where the vocabulary is large
     found = inspect_model(path, max_context)
     report = _report(found)
     print_facts(_rows(found, report))
+    if content is not None:
+        layers, tokens = _similarity(model, content, max_tokens or _DEFAULT_TOKENS, max_context)
+        out.print(f"\n{tokens} tokens of {text}, each layer's gate and the one before it")
+        means = {name: _mean([getattr(layer, name) for layer in layers]) for name in _MEASURES}
+        print_table(out, _similarity_table(layers, means))
+        report["similarity"] = {"tokens": tokens, "layers": [asdict(layer) for layer in layers], "mean": means}
     if json:
         print_json(report)
+
+
+def _similarity(model: str, text: str, max_tokens: int, max_context: int | None) -> tuple[list[LayerSimilarity], int]:
+    """(Layers, tokens they were measured on.)"""
+    from fate.loading import ensure_store, load, load_tokenizer
+    from fate.similarity import measure_similarity
+
+    with byte_progress() as bar:
+        store = ensure_store(model, bar)
+    ids = load_tokenizer(store)(text, return_tensors="pt").input_ids[0, :max_tokens]
+    loading = load(store, system="load-on-demand", max_context=max_context, on_plan=lambda *_: None)
+    with loading as loaded, token_progress() as progress:
+        return measure_similarity(loaded, ids, progress), len(ids)
+
+
+def _similarity_table(layers: list[LayerSimilarity], means: dict[str, float | None]) -> Table:
+    top_k = next((layer.top_k for layer in layers if layer.top_k), None)
+    k, twice = (top_k, 2 * top_k) if top_k else ("k", "2k")
+    table = Table("layer", "cosine to next", f"recall@{k}", f"at {twice}", "busiest/mean", "", box=None, pad_edge=False)
+    for column in table.columns[:-1]:
+        column.justify = "right"
+    for layer in layers:
+        cells = (_cell(name, getattr(layer, name)) for name in _MEASURES)
+        table.add_row(str(layer.layer), *cells, layer.note)
+    table.add_row("mean", *(_cell(name, value) for name, value in means.items()), "")
+    return table
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _cell(name: str, value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}" if name.startswith("recall") else f"{value:.3f}"
 
 
 def _report(found: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,9 +55,9 @@ def print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, sort_keys=True), flush=True)
 
 
-def print_table(console: Console, table: Table) -> None:
-    """Folded to the width of a terminal; elsewhere a line a row, without padding at the end."""
-    if console.is_terminal:
+def print_table(console: Console, table: Table, *, fold: bool = True) -> None:
+    """Folded to the width of a terminal; elsewhere, and if `fold` is false, a line a row without padding at its end."""
+    if console.is_terminal and fold:
         console.print(table, soft_wrap=False)
         return
     page = Console(file=io.StringIO(), width=_UNLIMITED, color_system=None, markup=False, emoji=False, highlight=False)
@@ -102,6 +103,19 @@ def byte_progress(verb: str = "converting") -> Iterator[Callable[[int, int, str]
     columns = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with _bar(*columns) as update:
         yield lambda done, total, what: update(done, total, f"{verb} {_part(what):<19}")
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error driven by callback(done_steps, total_steps, what); steps may take minutes each."""
+    start = time.monotonic()
+
+    def words(done: int, total: int, what: str) -> str:
+        minutes = (time.monotonic() - start) / done * (total - done) / 60 if done else None
+        return what if minutes is None else f"{what} · {max(minutes, 1):.0f} min left"
+
+    with _bar(TextColumn("{task.completed}/{task.total}")) as update:
+        yield lambda done, total, what: update(done, total, words(done, total, what))
 
 
 def _part(what: str) -> str:

@@ -18,6 +18,13 @@ def register(app: typer.Typer) -> None:
 def synth(
     name: Annotated[str, typer.Argument(help="qwen1.5-moe-a2.7b or deepseek-moe-16b.")],
     output: Annotated[Path, typer.Argument(metavar="OUT")],
+    routing: Annotated[
+        str,
+        typer.Option(
+            help="real: experts recur and the next gate foresees them about as in trained models. "
+            "uniform: every token has experts of its own, the hard case for a cache."
+        ),
+    ] = "real",
     dense_bits: Annotated[int, typer.Option(help="4, 8 or 16.")] = 4,
     seed: Annotated[int, typer.Option()] = 0,
     num_layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the original has.")] = None,
@@ -26,5 +33,5 @@ def synth(
     from fate.synth import synth as write_store
 
     with byte_progress("writing") as bar:
-        store = write_store(name, output, seed=seed, dense_bits=dense_bits, num_layers=num_layers, progress=bar)
+        store = write_store(name, output, seed, dense_bits, num_layers, progress=bar, routing=routing)
     err.print(f"{store}: {format_bytes(directory_bytes(store))} written")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from fate.core import Precision, Routing
 from fate.precision.base import PRECISIONS, PrecisionPolicy
 
@@ -12,13 +14,13 @@ class Full(PrecisionPolicy):
 
     exact = True
 
-    def wanted(self, routing: Routing, expert: int) -> Precision:
-        return Precision.FULL
+    def choose(self, routing: Routing, missing: Collection[int]) -> Mapping[int, Precision]:
+        return dict.fromkeys(routing.experts, Precision.FULL)
 
 
 @PRECISIONS.register("int2")
 class AllINT2(PrecisionPolicy):
     """INT2 prefixes only: about 44% fewer bytes a transfer, lossy."""
 
-    def wanted(self, routing: Routing, expert: int) -> Precision:
-        return Precision.INT2
+    def choose(self, routing: Routing, missing: Collection[int]) -> Mapping[int, Precision]:
+        return dict.fromkeys(routing.experts, Precision.INT2)

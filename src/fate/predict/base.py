@@ -19,17 +19,24 @@ from fate.registry import Registry
 class Gate(Protocol):
     """A layer's router, usable on any gate input without disturbing the model."""
 
-    def rank(self, gate_input: Any) -> tuple[tuple[int, float], ...] | None:
-        """Experts this router would choose, most confident first, with confidences in [0, 1]; None: cannot tell."""
+    def rank(self, gate_input: Any, limit: int) -> tuple[tuple[int, float], ...] | None:
+        """At most `limit` experts, those this router would choose first, each with a share in [0, 1]; None: who knows.
+
+        Of one token: the gate's probabilities, candidates past its choice included. Of several: each expert's share of
+        all tokens' routing weights, the chosen only.
+        """
 
 
 @dataclass(frozen=True)
 class PredictorContext:
-    """What a predictor may build on: one gate per MoE layer (None where a router cannot be asked), and whether a layer
-    has experts that are not in memory, without which a guess is not worth making."""
+    """What a predictor may build on: one gate per MoE layer (None where a router cannot be asked), whether a layer has
+    experts that are not in memory (without them a guess is not worth making), experts of each layer, and of one token
+    in a layer."""
 
     gates: Sequence[Gate | None]
     incomplete: Callable[[int], bool]
+    num_experts: Sequence[int] = ()
+    top_k: int = 1
 
 
 class Predictor(ABC):
@@ -37,8 +44,12 @@ class Predictor(ABC):
         self.context = context
 
     @abstractmethod
-    def predict(self, routing: Routing, gate_input: Any) -> Prediction | None:
-        """Called when `routing` of a layer is known; names experts of a later layer, or None."""
+    def predict(self, routing: Routing, gate_input: Any) -> Sequence[Prediction]:
+        """Called when `routing` of a layer is known; names experts of later layers (of this token, or of the next: the
+        first layers again), nearest first. gate_input: what the router saw, None where it cannot be had."""
+
+    def begin_request(self) -> None:  # noqa: B027 - most predictors keep nothing of a request
+        """A new sequence starts with the next routing of layer 0."""
 
 
 PREDICTORS: Registry[type[Predictor]] = Registry("predictor")

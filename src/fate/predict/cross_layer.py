@@ -2,22 +2,93 @@
 
 Residual connections make the gate inputs of adjacent layers similar, so no training is needed.
 Source: Fate, arXiv 2502.12224, section "cross-layer gate".
+
+Beyond the paper: candidates past top-k where the gate is unsure (see `calibration.py`); the layer after the next, for
+the time when the link has nothing better to do; and, from the last layers on, the first layers of the next token, from
+the experts that tokens used lately.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fate.core import Prediction, Routing
-from fate.predict.base import PREDICTORS, Predictor
+from fate.predict.base import PREDICTORS, Predictor, PredictorContext
+from fate.predict.calibration import Calibration, Ranked
+from fate.predict.popularity import RecentPopularity
+
+LOOKAHEAD = 2  # layers
+CANDIDATES = 3  # at most, in units of top-k
+PATIENCE = 0.7  # what a guess for the layer after the next is worth beside one for the next
+MIN_CONFIDENCE = 0.08  # a read that is wrong more often delays demands (by a chunk) more than it saves
 
 
 @PREDICTORS.register("cross-layer")
 class CrossLayerGate(Predictor):
-    def predict(self, routing: Routing, gate_input: Any) -> Prediction | None:
+    """Decoding is calibrated; of a prompt's tokens the gate's choice is taken as it is, for the next layer only."""
+
+    def __init__(self, context: PredictorContext) -> None:
+        super().__init__(context)
+        self._num_layers = len(context.gates)
+        limit = CANDIDATES * context.top_k
+        self._limits = [min(limit, experts) for experts in context.num_experts]
+        self._calibrations: dict[tuple[int, int], Calibration] = {}
+        self._said: dict[tuple[int, int], Ranked] = {}  # (layer, distance) -> what its gate answered
+        first_layers = range(min(LOOKAHEAD, self._num_layers))
+        self._recent = {layer: RecentPopularity(context.num_experts[layer]) for layer in first_layers}
+
+    def predict(self, routing: Routing, gate_input: Any) -> Sequence[Prediction]:
+        if routing.tokens > 1:
+            return self._prompt(routing, gate_input)
+        self._learn(routing)
+        ahead = (routing.layer + distance for distance in range(1, LOOKAHEAD + 1))
+        predictions = (self._ahead(layer, layer - routing.layer, gate_input) for layer in ahead)
+        return [prediction for prediction in predictions if prediction is not None]
+
+    def _prompt(self, routing: Routing, gate_input: Any) -> Sequence[Prediction]:
         target = routing.layer + 1
-        if target >= len(self.context.gates) or not self.context.incomplete(target):
-            return None
+        if gate_input is None or target >= self._num_layers or not self.context.incomplete(target):
+            return ()
         gate = self.context.gates[target]
-        ranked = gate.rank(gate_input) if gate is not None else None
-        return Prediction(target, ranked) if ranked else None
+        ranked = gate.rank(gate_input, self.context.num_experts[target]) if gate is not None else None
+        return (Prediction(target, ranked),) if ranked else ()
+
+    def _ahead(self, layer: int, distance: int, gate_input: Any) -> Prediction | None:
+        if layer >= self._num_layers:
+            return self._next_token(layer - self._num_layers)
+        gate = self.context.gates[layer]
+        if gate is None or gate_input is None or not self.context.incomplete(layer):
+            return None
+        ranked = gate.rank(gate_input, self._limits[layer])
+        if not ranked:
+            return None
+        self._said[layer, distance] = ranked
+        return self._prediction(layer, distance, ranked)
+
+    def _next_token(self, layer: int) -> Prediction | None:
+        """The first layers have no gate input yet: what tokens used lately."""
+        if layer not in self._recent or not self.context.incomplete(layer):
+            return None
+        ranked = self._recent[layer].ranked(self._limits[layer])
+        self._said[layer, 0] = ranked
+        return self._prediction(layer, 0, ranked)
+
+    def _prediction(self, layer: int, distance: int, ranked: Ranked) -> Prediction:
+        worth = PATIENCE if distance > 1 else 1.0
+        named = self._calibration(layer, distance).confident(ranked)
+        return Prediction(layer, tuple((e, c * worth if c >= MIN_CONFIDENCE else 0.0) for e, c in named))
+
+    def _learn(self, routing: Routing) -> None:
+        layer, needed = routing.layer, frozenset(routing.experts)
+        for distance in range(LOOKAHEAD + 1):
+            if (ranked := self._said.pop((layer, distance), None)) is not None:
+                self._calibration(layer, distance).learn(ranked, needed)
+        if layer in self._recent:
+            self._recent[layer].learn(needed)
+
+    def _calibration(self, layer: int, distance: int) -> Calibration:
+        key = (layer, distance)
+        if key not in self._calibrations:
+            self._calibrations[key] = Calibration(self.context.top_k, self._limits[layer])
+        return self._calibrations[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fate.core import Prediction, Routing
@@ -10,5 +11,5 @@ from fate.predict.base import PREDICTORS, Predictor
 
 @PREDICTORS.register("none")
 class NoPredictor(Predictor):
-    def predict(self, routing: Routing, gate_input: Any) -> Prediction | None:
-        return None
+    def predict(self, routing: Routing, gate_input: Any) -> Sequence[Prediction]:
+        return ()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from fate.cache import ALLOCATIONS, POLICIES, ExpertCache
+from fate.cache import ALLOCATIONS, POLICIES, ExpertCache, SlotRequest
+from fate.errors import ProfileMissingError
 from fate.memory import (
     MemoryPlan,
     available_bytes,
@@ -22,23 +24,31 @@ from fate.models.adapter import MoELayer
 from fate.models.routers import RouterGate
 from fate.precision import PRECISIONS
 from fate.predict import PREDICTORS, PredictorContext
+from fate.profile import Profile, read_profile
 from fate.runtime import planning
 from fate.runtime.backend import LayerRuntime
+from fate.runtime.early import EarlyRouter
+from fate.runtime.engine import Engine
 from fate.runtime.manager import ExpertManager
 from fate.runtime.session import Session, attach
 from fate.runtime.slots import SlotPool
+from fate.runtime.switch import PrefetchSwitch
 from fate.store.reader import StoreReader
 from fate.systems import EXACT, System, resolve_system
 from fate.transfer.disk import DiskSource
-from fate.transfer.scheduler import Transfer, TransferScheduler
+from fate.transfer.memory import Link, MemoryRecords, PacedMemorySource, parse_link
+from fate.transfer.scheduler import Source, Transfer, TransferScheduler
 
 logger = logging.getLogger("fate")
+GUESSED_TOKENS = 4  # guesses that may be staged, in units of top-k
+GUESS_SHARE = 12  # and at most one slot in so many
 
 
 @dataclass(frozen=True)
 class LoadOptions:
     """What `fate.load` takes. memory: size, None: what is free less a margin. experts: at most this share ("25%",
-    0.25) or number of experts in memory. on_plan: called with (plan, system) before anything is allocated."""
+    0.25) or number of experts in memory. link: serve the records from a copy in memory at this speed ("12GB/s", bytes
+    per second) instead of from the disk. on_plan: called with (plan, system) before anything is allocated."""
 
     memory: str | int | None = None
     experts: str | int | float | None = None
@@ -47,46 +57,104 @@ class LoadOptions:
     max_batch: int = 1
     prefill_chunk: int = planning.DEFAULT_PREFILL_CHUNK
     logit_rows: int | None = None
+    link: str | float | None = None
     on_plan: Callable[[MemoryPlan, System], None] | None = None
 
 
 class Assembly:
-    """A planned engine. `start` allocates the slots, opens the threads and attaches `model.fate`."""
+    """A planned model. `start` attaches `model.fate`; `build` makes an engine, now and whenever one is exchanged."""
 
-    def __init__(self, layers: list[MoELayer], reader: StoreReader, system: System, plan: MemoryPlan, transient: int):
-        self._layers = layers
-        self._reader = reader
-        self._system = system
-        self._plan = plan
+    def __init__(self, layers: list[MoELayer], reader: StoreReader, transient: int, top_k: int) -> None:
+        self.reader = reader
+        self.link = Link()
+        self.profile: Profile | None = None
+        self._records: MemoryRecords | None = None  # once a link has been emulated
         self._transient = transient
+        self.top_k = top_k
+        self._counts = [layer.num_experts for layer in reader.header.layers]
+        self._layers = layers
+        self._gates = [RouterGate(layer.router, layer.num_experts) if layer.router else None for layer in layers]
+        self._runtimes: list[LayerRuntime] = []
+        self._early: list[EarlyRouter] = []
 
-    def start(self, model: PreTrainedModel) -> None:
-        header = self._reader.header
-        counts = [layer.num_experts for layer in header.layers]
-        shares = ALLOCATIONS.get(self._system.allocation)
-        capacities = shares(counts, self._plan.num_slots - self._transient, planning.LAYER_FLOOR)
-        cache: ExpertCache[Transfer] = ExpertCache(capacities, self._transient, POLICIES.get(self._system.policy))
-        pool = SlotPool(cache.num_slots, header.max_record_bytes)
-        guesses = self._transient * header.max_record_bytes  # what the transient region holds
-        scheduler = TransferScheduler(DiskSource(self._reader, pool.view), prefetch_cap_bytes=guesses)
-        manager = ExpertManager(header, cache, scheduler, PRECISIONS.get(self._system.precision)())
-        gates = [RouterGate(layer.router, layer.num_experts) if layer.router else None for layer in self._layers]
-        predictor = PREDICTORS.get(self._system.predictor)(PredictorContext(gates, manager.incomplete))
-        for layer, gate in zip(self._layers, gates, strict=True):
-            runtime = LayerRuntime(layer, manager, pool, predictor, gate)
+    def start(self, model: PreTrainedModel, system: System, plan: MemoryPlan, link: float | None) -> None:
+        """Hook the layers, allocate the slots, open the threads. A system that needs a profile of this machine and
+        store waits for one (`loading.ensure_profile`); until then experts are loaded on demand."""
+        if system.needs_profile:
+            self.profile = read_profile(self.reader.path, self.reader.header).profile
+            system = system if self.profile is not None else resolve_system("load-on-demand")
+        for layer, gate in zip(self._layers, self._gates, strict=True):
+            runtime = LayerRuntime(layer, gate)
             layer.experts.__dict__["fate_layer"] = runtime
-            if layer.router is not None:
+            if layer.router is not None and gate is not None:
                 layer.router.register_forward_hook(runtime.on_router, with_kwargs=True)
-        attach(model, Session(self._system, self._plan, manager, pool))
+                self._early.append(EarlyRouter(layer, gate, runtime))
+            self._runtimes.append(runtime)
+        attach(model, Session(self, self.build(system, plan, link), link))
+
+    def build(self, system: System, plan: MemoryPlan, link: float | None) -> Engine:
+        """A new engine with an empty cache, which the model's layers use from now on. link: see `LoadOptions`."""
+        if system.needs_profile and self.profile is None:
+            raise ProfileMissingError(system.name)
+        header = self.reader.header
+        transient = self._transient_slots(system, plan.num_slots)
+        costs = self.profile.costs(link) if self.profile is not None else None
+        request = SlotRequest(self._counts, plan.num_slots - transient, planning.LAYER_FLOOR, self.top_k, costs)
+        capacities = ALLOCATIONS.get(system.allocation)(request) if system.cached else [0] * len(self._counts)
+        cache: ExpertCache[Transfer] = ExpertCache(capacities, transient, POLICIES.get(system.policy))
+        pool = SlotPool(cache.num_slots, header.max_record_bytes)
+        scheduler = TransferScheduler(self._source(pool, link), prefetch_cap_bytes=transient * header.max_record_bytes)
+        timing = self.profile.timing(link) if self.profile is not None else None
+        precision = PRECISIONS.get(system.precision)(timing)
+        manager = ExpertManager(header, cache, scheduler, precision)
+        scheduler.meter = manager.meter
+        context = PredictorContext(self._gates, manager.incomplete, self._counts, self.top_k)
+        predictor = PREDICTORS.get(system.predictor)(context)
+        notes: list[str] = []
+        switch = PrefetchSwitch(lambda note: _announce(notes, note), trial=system.guesses and system.switches_off)
+        for runtime in self._runtimes:
+            runtime.bind(manager, pool, predictor, switch)
+        for early in self._early:
+            early.enabled = system.early_routing
+        return Engine(system, plan, manager, pool, predictor, switch, notes)
+
+    def _transient_slots(self, system: System, num_slots: int) -> int:
+        """What prefetching needs beyond the least, where slots are plenty; all slots where nothing is cached."""
+        if not system.cached:
+            return num_slots
+        if not system.guesses:
+            return self._transient
+        return max(self._transient, min(GUESSED_TOKENS * self.top_k, num_slots // GUESS_SHARE))
+
+    def _source(self, pool: SlotPool, link: float | None) -> Source:
+        self.link.bytes_per_s = link
+        if link is None:
+            return DiskSource(self.reader, pool.view)
+        if self._records is None:
+            self._records = MemoryRecords(self.reader)
+        return PacedMemorySource(self._records, pool.view, self.link)
 
 
-def assemble(model: PreTrainedModel, layers: list[MoELayer], reader: StoreReader, options: LoadOptions) -> Assembly:
-    """Resolve the options against `model` (on the meta device); raises BudgetTooSmallError and other usage errors."""
+def _announce(notes: list[str], note: str) -> None:
+    notes.append(note)
+    logger.warning("%s", note)
+
+
+def assemble(
+    model: PreTrainedModel, layers: list[MoELayer], reader: StoreReader, options: LoadOptions
+) -> Callable[[PreTrainedModel], None]:
+    """Resolve the options against `model` (on the meta device); the result starts its engine once dense weights are in.
+
+    Raises BudgetTooSmallError and other usage errors.
+    """
+    link = parse_link(options.link) if options.link is not None else None
     system = resolve_system(options.system)
     envelope = planning.resolve_envelope(
         model, options.max_context, options.max_batch, options.prefill_chunk, options.logit_rows
     )
     needs = planning.measure_needs(model, reader.header, planning.dense_bytes(reader.path), envelope)
+    if link is not None:
+        needs = replace(needs, records=reader.header.file_bytes)
     budget = default_budget() if options.memory is None else parse_memory(options.memory)
     transient = planning.transient_slots(model, reader.header)
     experts = parse_experts(options.experts, needs.total_experts)
@@ -95,7 +163,8 @@ def assemble(model: PreTrainedModel, layers: list[MoELayer], reader: StoreReader
         options.on_plan(plan, system)
     check_available(plan, available_bytes())
     _warn_if_hopeless(model, plan, len(layers), transient)
-    return Assembly(layers, reader, system, plan, transient)
+    assembly = Assembly(layers, reader, transient, planning.top_k(model))
+    return functools.partial(assembly.start, system=system, plan=plan, link=link)
 
 
 def _warn_if_hopeless(model: PreTrainedModel, plan: MemoryPlan, num_layers: int, transient: int) -> None:

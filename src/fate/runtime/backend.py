@@ -17,55 +17,94 @@ from fate.core import Precision, Routing
 from fate.models.adapter import MoELayer
 from fate.models.routers import RouterGate
 from fate.predict import Predictor
+from fate.runtime.lease import Lease
 from fate.runtime.manager import ExpertManager, Slot
 from fate.runtime.slots import SlotPool
+from fate.runtime.switch import PrefetchSwitch
 
 EXPERTS_FUNCTION = "fate"
 
 
 class LayerRuntime:
-    """Computes one MoE layer from slots. `gate` (None: no prediction from this layer) remembers the gate input."""
+    """Computes one MoE layer from the slots of an engine (`bind`). `gate` remembers what the layer's router sees."""
 
-    def __init__(
-        self, layer: MoELayer, manager: ExpertManager, pool: SlotPool, predictor: Predictor, gate: RouterGate | None
-    ) -> None:
+    def __init__(self, layer: MoELayer, gate: RouterGate | None) -> None:
         self.index = layer.index
         self._experts = layer.experts
         self._num_experts = layer.num_experts
-        self._manager = manager
+        self._gate = gate
+        self._fits_fused = layer.is_swiglu
+        self._gate_input: torch.Tensor | None = None
+        self._early: Lease | None = None
+
+    def bind(self, manager: ExpertManager, pool: SlotPool, predictor: Predictor, switch: PrefetchSwitch) -> None:
+        """Compute with this engine from now on."""
+        self.manager = manager
         self._pool = pool
         self._predictor = predictor
-        self._gate = gate
-        self._layout = manager.header.layout(layer.index)
-        self._compute = self._fused if layer.is_swiglu else self._generic
-        self._gate_input: torch.Tensor | None = None
+        self._switch = switch
+        self._layout = manager.header.layout(self.index)
+        self._compute = self._fused if self._fits_fused else self._generic
+        self._gate_input = self._early = None
 
     def on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the layer's router."""
         if self._gate is not None:
             self._gate_input = self._gate.record(args, kwargs)
 
+    def begin_early(self, gate_input: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        """The router's word before the model itself asks for it: demand what is missing now (see `early.py`)."""
+        pairs = _Work(gate_input, index, weights, self._num_experts).pairs_per_expert
+        with self.manager.lock:
+            self._early = self.manager.begin(self._routing(pairs, gate_input.shape[0]))
+            self._predict(self._early.routing, gate_input)
+
     def forward(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden], indices and weights [tokens, rank] -> [tokens, hidden]."""
+        start = time.perf_counter()
         x = x.contiguous()
         work = _Work(x, top_k_index, top_k_weights, self._num_experts)
-        routing = Routing(self.index, work.pairs_per_expert)
-        manager = self._manager
-        with manager.lock, manager.acquire(routing) as lease:
-            self._predict(routing)
+        manager = self.manager
+        with manager.lock, self._lease(work) as lease:
             for group in lease:
-                start = time.perf_counter()
+                began = time.perf_counter()
                 self._compute(group, work)
-                manager.stats.expert_compute_s += time.perf_counter() - start
-        return kernels.reduce_rows(work.rows, work.weights, x.dtype)
+                self._note(began, "compute", "expert_compute_s")
+        out = kernels.reduce_rows(work.rows, work.weights, x.dtype)
+        self._note(start, "layer", "total_s")
+        if manager.recorder is not None:
+            manager.recorder.record(lease.routing)
+        return out
 
-    def _predict(self, routing: Routing) -> None:
-        """After this layer's demands are queued, before its experts compute."""
+    def _lease(self, work: _Work) -> Lease:
+        """The one that early routing opened, if the router said the same again; else a new one."""
+        early, self._early = self._early, None
         gate_input, self._gate_input = self._gate_input, None
-        if gate_input is not None:
-            prediction = self._predictor.predict(routing, gate_input)
-            if prediction is not None:
-                self._manager.prefetch(prediction)
+        if early is not None:
+            if early is self.manager.lease and early.routing.pairs_per_expert == work.pairs_per_expert:
+                return early
+            self.manager.end(early)
+        lease = self.manager.begin(self._routing(work.pairs_per_expert, work.x.shape[0]))
+        self._predict(lease.routing, gate_input)
+        return lease
+
+    def _routing(self, pairs: dict[int, int], tokens: int) -> Routing:
+        return Routing(self.index, pairs, tokens, self.manager.prefill)
+
+    def _predict(self, routing: Routing, gate_input: torch.Tensor | None) -> None:
+        """After this layer's demands are queued, before its experts compute."""
+        if not self._switch.on:
+            return
+        start = time.perf_counter()
+        self.manager.guess(self._predictor.predict(routing, gate_input))
+        self._note(start, "predict", "predict_s")
+
+    def _note(self, start: float, kind: str, counter: str) -> None:
+        end = time.perf_counter()
+        stats = self.manager.stats[self.index]
+        setattr(stats, counter, getattr(stats, counter) + end - start)
+        if self.manager.timeline is not None:
+            self.manager.timeline.add(start, end, kind, self.index)
 
     def _fused(self, group: list[Slot], work: _Work) -> None:
         """SwiGLU experts without biases: gate, up, activation and down in the kernel."""

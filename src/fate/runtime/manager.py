@@ -1,33 +1,38 @@
-"""From routing to experts in slots: the step between a layer's router and its kernels.
+"""Residency: which experts are in which slots, which are on their way, which are guessed.
 
-`acquire(routing)` opens a *lease*: experts that are resident are pinned, the others are demanded at once; iterating
-over the lease yields groups of experts as they can be computed, resident ones first, then in order of arrival. What a
-layer needs beyond its share of slots passes through the transient region in waves. `prefetch` stages guesses there.
-Only this module knows both the cache and the predictor's output.
+`begin(routing)` opens a *lease* (see `lease.py`) for a layer whose routing is known: guesses that it does not confirm
+expire, resident experts are pinned, the others demanded at once. `guess(predictions)` takes a predictor's word on
+later layers; `pump` stages the likeliest of them in the transient region as room appears. Only this package knows
+both the cache and the predictor's output.
 
-A lease is used under `ExpertManager.lock`, so one is open at a time. One that does not end well (a failed read, a
-KeyboardInterrupt anywhere) leaves the manager marked; the next lease then starts from an empty cache.
+One lease is open at a time, under `ExpertManager.lock` while it is opened and used. One that does not end well (a
+failed read, a KeyboardInterrupt anywhere) stays open; the next lease then starts from an empty cache.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterator
-from types import TracebackType
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fate.cache import Entry, ExpertCache
 from fate.core import ExpertKey, Precision, Prediction, Routing, StepStats
 from fate.errors import ClosedError
 from fate.precision import PrecisionPolicy
 from fate.store.format import StoreHeader
-from fate.transfer.scheduler import State, Transfer, TransferScheduler, require_done
+from fate.trace import Recorder, Timeline
+from fate.transfer.scheduler import State, Transfer, TransferScheduler
+
+if TYPE_CHECKING:
+    from fate.runtime.lease import Lease
 
 Slot = Entry[Transfer]
+REPLACE_RATIO = 1.25  # how much likelier a guess must be to take the place of one that is staged
 
 
 class ExpertManager:
-    """Residency of the experts of one model. Hold `lock` around a lease and around `prefetch`."""
+    """Residency of the experts of one model. Hold `lock` around everything but `stats`."""
 
     def __init__(
         self,
@@ -40,70 +45,154 @@ class ExpertManager:
         self.cache = cache
         self.scheduler = scheduler
         self.precision = precision
-        self.stats = StepStats()
         self.lock = threading.RLock()
+        self.timeline: Timeline | None = None
+        self.recorder: Recorder | None = None
+        self.lease: Lease | None = None  # the one that is open
+        num_layers = len(header.layers)
+        self._phases = {prefill: [StepStats() for _ in range(num_layers)] for prefill in (False, True)}
+        self.prefill = True
+        self.stats = self._phases[True]  # of the phase under way, by layer
         self._closed = False
-        self._lease_open = False
         self._seen: set[ExpertKey] = set()
-        self._predicted: dict[int, frozenset[int]] = {}
+        self._named: dict[int, set[int]] = {}  # experts named for a layer since it last ran
+        self._ranking: dict[int, tuple[int, ...]] = {}  # the last word on it
+        self._wishes: dict[int, dict[int, float]] = {}  # layer -> expert -> confidence: to be staged
         self._draining: list[tuple[Transfer, int]] = []  # cancelled reads that still write to their slot
 
-    def acquire(self, routing: Routing) -> Lease:
-        """A context manager over the experts of `routing`; see `Lease`."""
-        return Lease(self, routing)
+    def begin_phase(self, prefill: bool) -> None:
+        """What follows is counted as a prompt's or as decoding."""
+        self.prefill = prefill
+        self.stats = self._phases[prefill]
+
+    def layer_stats(self, prefill: bool) -> list[StepStats]:
+        """Counters of each layer in one phase since loading."""
+        return [replace(stats) for stats in self._phases[prefill]]
+
+    def meter(self, transfer: Transfer, guessed_bytes: int, demanded_bytes: int) -> None:
+        """The scheduler's report of bytes that arrived."""
+        stats = self.stats[transfer.key.layer]
+        stats.prefetch_bytes += guessed_bytes
+        stats.demand_bytes += demanded_bytes
+        if transfer.offset:
+            stats.upgrade_bytes += guessed_bytes + demanded_bytes
 
     def incomplete(self, layer: int) -> bool:
         """Whether `layer` has experts that are not cached: only then is a guess worth making."""
         return self.cache.num_cached(layer) < self.header.layers[layer].num_experts
 
     def close(self) -> None:
-        """Stop the transfers once no lease is open; later leases raise ClosedError."""
+        """Stop the transfers once no lease is in use; later leases raise ClosedError."""
         with self.lock:
             self._closed = True
             self.scheduler.close()
 
-    def prefetch(self, prediction: Prediction) -> None:
-        """Stage and queue what is predicted and not resident, most confident first, while there is room."""
-        layer = prediction.layer
-        self._predicted[layer] = frozenset(prediction.experts)
-        routing = Routing(layer, dict.fromkeys(prediction.experts, 1))
-        for expert, confidence in prediction.ranked:
-            key = ExpertKey(layer, expert)
-            if self.cache.lookup(key) is not None:
-                continue
-            self.reap()
-            entry = self.cache.stage(key)
-            if entry is None:
-                return
-            transfer = self._transfer(entry, self.precision.wanted(routing, expert))
-            transfer.demand, transfer.confidence = False, confidence
-            entry.transfer, entry.prefetched = transfer, True
-            if not self.scheduler.prefetch(transfer):
-                self.cache.drop(entry)
-                return
+    def begin(self, routing: Routing) -> Lease:
+        """Open a lease on the experts of `routing`, from an empty cache if the last one did not end well."""
+        from fate.runtime.lease import Lease  # it needs us
 
-    def snapshot(self) -> StepStats:
-        """Counters since the model was loaded."""
-        moved = self.scheduler.stats
-        return self.stats + StepStats(
-            demand_bytes=moved.demand_bytes, prefetch_bytes=moved.prefetch_bytes, evictions=self.cache.evictions
-        )
-
-    def open_lease(self) -> None:
-        """Begin a lease, from nothing if the last one did not end well."""
         if self._closed:
             raise ClosedError()
-        if self._lease_open:
+        if self.lease is not None:
             self.scheduler.quiesce()
             self._draining.clear()
-            self._predicted.clear()
+            self._forget_guesses()
             self.cache.clear()
-        self._lease_open = True
+        lease = self.lease = Lease(self, routing)
         self.reap()
+        lease.open()
+        return lease
 
-    def close_lease(self) -> None:
-        self.cache.pinned.clear()
-        self._lease_open = False
+    def end(self, lease: Lease) -> None:
+        """The lease ended well, or is given up: what it demanded lands in the cache all the same."""
+        if self.lease is lease:
+            self.cache.pinned.clear()
+            self.lease = None
+
+    def guess(self, predictions: Iterable[Prediction]) -> None:
+        """Take a predictor's word on layers to come, instead of its earlier one, and stage what there is room for."""
+        for prediction in predictions:
+            layer = prediction.layer
+            self._named.setdefault(layer, set()).update(prediction.experts)
+            self._ranking[layer] = prediction.experts
+            wishes = {expert: confidence for expert, confidence in prediction.ranked if confidence > 0}
+            self._wishes[layer] = wishes
+            self._revise(layer, wishes)
+        self.pump()
+
+    def _revise(self, layer: int, wishes: dict[int, float]) -> None:
+        """Earlier guesses for the layer get their new confidence; one that is no longer named is not read further."""
+        for entry in self.cache.staged():
+            if entry.key.layer != layer or not entry.prefetched:
+                continue
+            entry.confidence = wishes.get(entry.key.expert, 0.0)
+            if entry.transfer is not None:
+                entry.transfer.confidence = entry.confidence
+                if entry.key.expert not in wishes:
+                    self.drop_staged(entry)
+
+    def pump(self) -> None:
+        """Stage what is wished for, the likeliest first, while there is room and the byte cap allows."""
+        if not self._wishes:
+            return
+        wishes = [(c, ExpertKey(layer, e)) for layer, experts in self._wishes.items() for e, c in experts.items()]
+        for confidence, key in sorted(wishes, key=lambda wish: -wish[0]):
+            entry = self.cache.lookup(key)
+            if entry is None and not self._stage_guess(key, confidence):
+                return
+            if entry is not None and not self._guess_upgrade(entry, confidence):
+                return
+            del self._wishes[key.layer][key.expert]
+
+    def _stage_guess(self, key: ExpertKey, confidence: float) -> bool:
+        self.reap()
+        entry = self.cache.stage(key)
+        if entry is None and (weaker := self._weakest_guess(confidence / REPLACE_RATIO)) is not None:
+            self.drop_staged(weaker)
+            entry = self.cache.stage(key)
+        if entry is None:
+            return False
+        entry.prefetched, entry.confidence = True, confidence
+        if self._send_guess(entry, confidence):
+            return True
+        self.cache.drop(entry)
+        return False
+
+    def _guess_upgrade(self, entry: Slot, confidence: float) -> bool:
+        """What is cached at less than decoding wants may be completed ahead of time."""
+        settled = entry.transfer is None and entry.precision is not None and not entry.staged
+        if not settled or self.prefill or entry.precision is Precision.FULL:
+            return True
+        return self._wanted_when_decoding(entry.key) is Precision.INT2 or self._send_guess(entry, confidence)
+
+    def _send_guess(self, entry: Slot, confidence: float) -> bool:
+        transfer = self._transfer(entry, self._wanted_when_decoding(entry.key))
+        transfer.demand, transfer.confidence = False, confidence
+        entry.transfer = transfer
+        if self.scheduler.prefetch(transfer):
+            return True
+        entry.transfer = None
+        return False
+
+    def _wanted_when_decoding(self, key: ExpertKey) -> Precision:
+        return self.precision.choose(Routing(key.layer, {key.expert: 1}, prefill=self.prefill), ())[key.expert]
+
+    def _weakest_guess(self, below: float) -> Slot | None:
+        guesses = [e for e in self.cache.staged() if e.prefetched and e.key not in self.cache.pinned]
+        weakest = min(guesses, key=lambda entry: entry.confidence, default=None)
+        return weakest if weakest is not None and weakest.confidence < below else None
+
+    def expire(self, routing: Routing) -> None:
+        """Routing is known: guesses for this layer that it did not confirm go, and so do wishes."""
+        self._wishes.pop(routing.layer, None)
+        for entry in self.cache.staged():
+            if entry.key.layer == routing.layer and entry.key.expert not in routing.pairs_per_expert:
+                self.drop_staged(entry)
+
+    def _forget_guesses(self) -> None:
+        self._named.clear()
+        self._ranking.clear()
+        self._wishes.clear()
 
     def demand(self, entry: Slot, wanted: Precision) -> None:
         """Queue the read that brings `entry` from what it holds to `wanted`."""
@@ -111,14 +200,16 @@ class ExpertManager:
         self.scheduler.demand(entry.transfer)
 
     def settle(self, entry: Slot) -> bool:
-        """Take note of a finished read; False (and the entry is gone) if it brought nothing."""
+        """Take note of a finished read; False (and the entry is gone) if it leaves nothing."""
         transfer = entry.transfer
         if transfer is None or not transfer.finished:
             return True
-        if transfer.state is not State.DONE:
+        entry.transfer = None
+        if transfer.state is State.DONE:
+            entry.precision = transfer.precision
+        elif entry.precision is None or transfer.state is State.FAILED:
             self.cache.drop(entry)
             return False
-        entry.precision, entry.transfer = transfer.precision, None
         return True
 
     def drop_staged(self, entry: Slot) -> None:
@@ -129,19 +220,13 @@ class ExpertManager:
             self.cache.drop(entry, keep_slot=True)
             self._draining.append((entry.transfer, entry.slot))
 
-    def expire(self, routing: Routing) -> None:
-        """Guesses for this layer that its routing did not confirm."""
-        for entry in self.cache.staged():
-            if entry.key.layer == routing.layer and entry.key.expert not in routing.pairs_per_expert:
-                self.drop_staged(entry)
-
     def stage_for_demand(self, key: ExpertKey) -> Slot | None:
         """A transient slot for an expert that is needed now; guesses give way. None: all hold needed experts."""
         self.reap()
         entry = self.cache.stage(key)
         if entry is not None:
             return entry
-        for guess in self.cache.staged():
+        for guess in sorted(self.cache.staged(), key=lambda staged: staged.confidence):
             if guess.key not in self.cache.pinned:
                 self.drop_staged(guess)
                 if (entry := self.cache.stage(key)) is not None:
@@ -153,6 +238,8 @@ class ExpertManager:
 
     def reap(self) -> None:
         """Take back slots whose cancelled reads have stopped."""
+        if not self._draining:
+            return
         still = []
         for transfer, slot in self._draining:
             if transfer.finished:
@@ -161,146 +248,32 @@ class ExpertManager:
                 still.append((transfer, slot))
         self._draining = still
 
-    def count_accesses(self, routing: Routing, found: dict[int, Slot]) -> None:
+    def count_accesses(self, routing: Routing, found: dict[int, Slot], wanted: Sequence[Precision]) -> None:
         """One access per expert of `routing`; `found`: those resident, landed or not, when the layer asked."""
-        s, predicted = self.stats, self._predicted.pop(routing.layer, frozenset())
-        for expert in routing.experts:
+        s = self.stats[routing.layer]
+        named = self._named.pop(routing.layer, frozenset[int]())
+        first_k = self._ranking.pop(routing.layer, ())[: len(routing.experts)]
+        if named:
+            s.asked += len(routing.experts)
+            s.recalled += sum(expert in first_k for expert in routing.experts)
+        for expert, precision in zip(routing.experts, wanted, strict=True):
             key, entry = ExpertKey(routing.layer, expert), found.get(expert)
             s.accesses += 1
             if key not in self._seen:
                 self._seen.add(key)
                 s.first_accesses += 1
-            landed = entry is not None and entry.transfer is None
-            wanted = self.precision.wanted(routing, expert)
-            s.hits += landed and entry is not None and entry.precision is not None and entry.precision >= wanted
+            enough = entry is not None and entry.precision is not None and entry.precision >= precision
+            s.hits += enough
             if entry is not None and not entry.prefetched:
                 continue
             s.uncached += 1
-            s.covered += expert in predicted
+            s.covered += expert in named
             if entry is not None:
-                s.prefetch_hits += landed
-                s.late_prefetches += not landed
-                span = self.header.layout(routing.layer).span(None, entry.precision or wanted)
+                s.prefetch_hits += enough
+                s.late_prefetches += not enough
+                span = self.header.layout(routing.layer).span(None, entry.precision or precision)
                 s.prefetch_used_bytes += self.scheduler.upgrade(entry.transfer) if entry.transfer else span[1]
 
     def _transfer(self, entry: Slot, wanted: Precision) -> Transfer:
         span = self.header.layout(entry.key.layer).span(entry.precision, wanted)
         return Transfer(entry.key, entry.slot, *span, precision=wanted)
-
-
-class Lease:
-    """Experts of one layer for one step. Iterate once, inside `with`; each yielded group is pinned until the next.
-
-    >>> with manager.lock, manager.acquire(routing) as lease:
-    ...     for group in lease:
-    ...         compute([entry.slot for entry in group])
-
-    Raises ChecksumError, StoreError, TransferError or ClosedError when an expert cannot be had.
-    """
-
-    def __init__(self, manager: ExpertManager, routing: Routing) -> None:
-        self._m = manager
-        self._routing = routing
-        self._ready: list[Slot] = []
-        self._waiting: list[Slot] = []
-        self._overflow: deque[ExpertKey] = deque()
-
-    def __enter__(self) -> Lease:
-        m, routing = self._m, self._routing
-        m.open_lease()
-        m.expire(routing)
-        found = {expert: entry for expert in routing.experts if (entry := self._resident(expert)) is not None}
-        m.count_accesses(routing, found)
-        m.cache.pinned.update(entry.key for entry in found.values())  # before any admission may evict them
-        for entry in found.values():
-            self._keep(entry)
-        for expert in routing.experts:
-            if expert not in found:
-                self._load(ExpertKey(routing.layer, expert))
-        self._admit_overflow()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._m.close_lease()
-
-    def __iter__(self) -> Iterator[list[Slot]]:
-        if self._ready:
-            yield self._ready
-            self._release(self._ready)
-        while self._waiting or self._overflow:
-            self._admit_overflow()
-            landed = self._landed()
-            if landed:
-                yield landed
-                self._release(landed)
-            else:
-                self._stall()
-
-    def _resident(self, expert: int) -> Slot | None:
-        """The entry that holds or awaits the expert; a guess whose read failed counts as absent."""
-        entry = self._m.cache.lookup(ExpertKey(self._routing.layer, expert))
-        return entry if entry is not None and self._m.settle(entry) else None
-
-    def _keep(self, entry: Slot) -> None:
-        """A resident expert was asked for: order it in the cache, and bring it to the precision wanted."""
-        m = self._m
-        entry.prefetched = False
-        if entry.staged:
-            m.cache.promote(entry)
-        else:
-            m.cache.touch(entry)
-        wanted = m.precision.wanted(self._routing, entry.key.expert)
-        if entry.transfer is not None and entry.transfer.precision < wanted:
-            m.stats.stall_s += m.scheduler.wait_any([entry.transfer])  # rare: the rest must follow the prefix
-            self._settle_or_raise(entry)
-        if entry.transfer is None and (entry.precision is None or entry.precision < wanted):
-            m.demand(entry, wanted)
-        (self._ready if entry.transfer is None else self._waiting).append(entry)
-
-    def _load(self, key: ExpertKey) -> None:
-        entry = self._m.cache.admit(key)
-        if entry is None:
-            self._overflow.append(key)
-        else:
-            self._demand(entry)
-
-    def _demand(self, entry: Slot) -> None:
-        self._m.cache.pinned.add(entry.key)
-        self._waiting.append(entry)
-        self._m.demand(entry, self._m.precision.wanted(self._routing, entry.key.expert))
-
-    def _admit_overflow(self) -> None:
-        """Start reading further experts through the transient region as far as it has room."""
-        while self._overflow:
-            entry = self._m.stage_for_demand(self._overflow[0])
-            if entry is None:
-                return
-            self._overflow.popleft()
-            self._demand(entry)
-
-    def _landed(self) -> list[Slot]:
-        landed = [e for e in self._waiting if e.transfer is None or e.transfer.finished]
-        for entry in landed:
-            self._settle_or_raise(entry)
-            self._waiting.remove(entry)
-        return landed
-
-    def _settle_or_raise(self, entry: Slot) -> None:
-        if entry.transfer is not None:
-            require_done(entry.transfer)
-            self._m.settle(entry)
-
-    def _stall(self) -> None:
-        m = self._m
-        pending = [e.transfer for e in self._waiting if e.transfer is not None] or m.draining()
-        m.stats.stall_s += m.scheduler.wait_any(pending)
-
-    def _release(self, entries: list[Slot]) -> None:
-        """Unpin; what only passed through leaves."""
-        for entry in entries:
-            self._m.cache.pinned.discard(entry.key)
-            if entry.staged:
-                self._m.drop_staged(entry)

@@ -60,7 +60,7 @@ class FateQuantizer(HfQuantizer):
         self._reader = StoreReader(Path(checkpoint_files[0]).parent)
         self._layers = find_moe_layers(model)
         _check_geometry(self._layers, self._reader)
-        self._assembly = assemble(model, self._layers, self._reader, self.quantization_config.load_options)
+        self._start = assemble(model, self._layers, self._reader, self.quantization_config.load_options)
         for layer in self._layers:
             for matrix in layer.matrices:  # the experts stay unallocated, and transformers must not initialise them
                 layer.experts._parameters[matrix.name] = None
@@ -79,7 +79,7 @@ class FateQuantizer(HfQuantizer):
         if waiting:
             raise StoreMismatchError(f"{self._reader.path} lacks the packed weights of {', '.join(sorted(waiting))}")
         model.requires_grad_(False)  # the KV cache would keep every token's graph
-        self._assembly.start(model)
+        self._start(model)
         return model
 
     def _replace_packed(self, model: PreTrainedModel) -> None:

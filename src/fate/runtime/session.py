@@ -7,7 +7,8 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,18 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from fate.core import Envelope, StepStats
-from fate.errors import ClosedError, EmptyPromptError, EnvelopeError, UsageError
-from fate.memory import MemoryPlan
+from fate.errors import ClosedError, EmptyPromptError, EnvelopeError, ProfileMissingError, UsageError
+from fate.memory import MemoryPlan, make_plan, parse_experts, parse_memory
+from fate.profile import Profile
+from fate.runtime.engine import Engine
 from fate.runtime.kv_cache import planned_cache
-from fate.runtime.manager import ExpertManager
-from fate.runtime.slots import SlotPool
-from fate.systems import System
+from fate.store.reader import StoreReader
+from fate.systems import System, resolve_system
+from fate.trace import Recorder, Timeline, TraceMeta
+from fate.transfer.memory import parse_link
+
+if TYPE_CHECKING:
+    from fate.runtime.assembly import Assembly
 
 
 @dataclass(frozen=True)
@@ -40,34 +47,131 @@ class RunStats:
 
 
 class Session:
-    """Owns slots, transfer threads and hooks of one model. `close` gives everything back and may be called twice."""
+    """Owns the engine behind one model. `close` gives everything back and may be called twice."""
 
-    def __init__(
-        self,
-        system: System,
-        plan: MemoryPlan,
-        manager: ExpertManager,
-        pool: SlotPool,
-    ) -> None:
-        self.system = system
-        self.plan = plan
+    def __init__(self, assembly: Assembly, engine: Engine, link: float | None) -> None:
         self.generate_lock = threading.RLock()
-        self._manager = manager
-        self._phases = {"prefill": StepStats(), "decode": StepStats()}
+        self._assembly = assembly
+        self._link = link
+        self._engine = [engine]  # a holder: the finalizer must not hold the session
+        self._phases = {prefill: StepStats() for prefill in (False, True)}  # what belongs to no layer
         self._step = threading.local()  # the forward under way in this thread
-        self._finalizer = weakref.finalize(self, _shut_down, manager, pool)
+        self._finalizer = weakref.finalize(self, _shut_down, self._engine, assembly.reader)
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine[0]
+
+    @property
+    def system(self) -> System:
+        return self.engine.system
+
+    @property
+    def plan(self) -> MemoryPlan:
+        return self.engine.plan
 
     @property
     def envelope(self) -> Envelope:
         return self.plan.envelope
 
+    @property
+    def notes(self) -> list[str]:
+        """What the engine decided by measurement, such as to prefetch no longer; one line each."""
+        return list(self.engine.notes)
+
     def stats(self) -> RunStats:
-        """What happened so far; subtract two to get what happened between them."""
-        return RunStats(replace(self._phases["prefill"]), replace(self._phases["decode"]))
+        """What this engine did so far; subtract two to get what happened between them."""
+        return RunStats(self._total(True), self._total(False))
+
+    def layer_stats(self) -> list[RunStats]:
+        """The same, of each MoE layer; `total_s` is then from routing to sum."""
+        manager = self.engine.manager
+        pairs = zip(manager.layer_stats(True), manager.layer_stats(False), strict=True)
+        return [RunStats(prefill, decode) for prefill, decode in pairs]
+
+    @contextmanager
+    def record(self, timeline: Timeline | None = None) -> Iterator[Timeline]:
+        """Note down what happens when, as long as the context is open."""
+        timeline = timeline or Timeline()
+        manager = self.engine.manager
+        manager.timeline = manager.scheduler.timeline = timeline
+        try:
+            yield timeline
+        finally:
+            manager.timeline = manager.scheduler.timeline = None
+
+    @contextmanager
+    def record_routing(self, model_name: str = "") -> Iterator[Recorder]:
+        """Note down every layer's routing as a trace, as long as the context is open."""
+        manager = self.engine.manager
+        counts = tuple(layer.num_experts for layer in manager.header.layers)
+        manager.recorder = Recorder(TraceMeta(model_name, counts, self._assembly.top_k))
+        try:
+            yield manager.recorder
+        finally:
+            manager.recorder = None
+
+    def reconfigure(
+        self,
+        *,
+        system: str | System | None = None,
+        experts: str | int | float | None = None,
+        link: str | float | None = None,
+        memory: str | int | None = None,
+    ) -> None:
+        """Exchange the engine: another system, share of experts, budget or slower tier, on the same dense weights.
+
+        Starts with empty caches and counters. What is None stays as it is, but for experts and link, whose None means
+        what it does in `fate.load`. Raises what loading raises; then the session is closed.
+        """
+        if self.closed:
+            raise ClosedError()
+        with self.generate_lock:
+            old = self.engine
+            chosen = resolve_system(system) if system is not None else old.system
+            pace = parse_link(link) if link is not None else None
+            needs, budget = old.plan.needs, old.plan.budget if memory is None else parse_memory(memory)
+            records = self._assembly.reader.header.file_bytes if pace is not None else 0
+            needs = replace(needs, records=records)
+            plan = make_plan(budget, self.envelope, needs, parse_experts(experts, needs.total_experts))
+            if chosen.needs_profile and self._assembly.profile is None:
+                raise ProfileMissingError(chosen.name)
+            try:
+                old.close()
+                self._engine[0] = self._assembly.build(chosen, plan, pace)
+            except BaseException:
+                self.close()
+                raise
+            self._link = pace
+            self._phases = {prefill: StepStats() for prefill in (False, True)}
+
+    @property
+    def link(self) -> float | None:
+        """Bytes per second of the emulated link as configured; None: records come from the disk."""
+        return self._link
+
+    @property
+    def pace(self) -> float | None:
+        """Bytes per second of the emulated link now (None: as fast as memory copies, or the disk)."""
+        return self._assembly.link.bytes_per_s
+
+    @property
+    def reader(self) -> StoreReader:
+        return self._assembly.reader
+
+    def use_profile(self, profile: Profile) -> None:
+        """What systems that go by measured times go by from the next `reconfigure` on."""
+        self._assembly.profile = profile
+
+    def set_link(self, bytes_per_s: float | None) -> None:
+        """Change the pace of an emulated link (None: as fast as memory copies); UsageError where there is none."""
+        if self._link is None:
+            raise UsageError("records come from the disk, whose pace cannot be set: load with link='12GB/s'")
+        self._assembly.link.bytes_per_s = bytes_per_s
 
     def close(self) -> None:
         """Stop the transfer threads, free the slots. The model raises ClosedError from then on."""
-        with self._manager.lock:  # not under a forward of another thread
+        with self.engine.manager.lock:  # not under a forward of another thread
             self._finalizer()
 
     @property
@@ -89,34 +193,45 @@ class Session:
             return
         batch, tokens = ids.shape[0], ids.shape[1]
         cache: Any = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         keep = kwargs.get("logits_to_keep", 0)
         rows = len(keep) if isinstance(keep, torch.Tensor) else keep or tokens
-        check_envelope(self.envelope, batch=batch, tokens=tokens, context=int(past) + tokens, logit_rows=batch * rows)
-        self._close_account()  # of a forward that raised
-        phase = "decode" if tokens == 1 and past else "prefill"
-        self._step.account = (phase, batch * tokens, time.perf_counter(), self._manager.snapshot())
+        check_envelope(self.envelope, batch=batch, tokens=tokens, context=past + tokens, logit_rows=batch * rows)
+        prefill = tokens > 1 or not past
+        if (account := getattr(self._step, "account", None)) is not None:  # of a forward that raised: its time is lost
+            self._phases[account[0]] += StepStats(tokens=account[1], forwards=1)
+        engine = self.engine
+        if not past:
+            engine.begin_request()
+        engine.manager.begin_phase(prefill)
+        if prefill:
+            engine.switch.begin_prompt()
+        else:
+            engine.switch.begin_step()
+        self._step.account = (prefill, batch * tokens, time.perf_counter())
 
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the model: close the step's account."""
-        self._close_account()
-
-    def _close_account(self) -> None:
-        account = getattr(self._step, "account", None)
-        if account is None:
+        if (account := getattr(self._step, "account", None)) is None:
             return
         self._step.account = None
-        phase, tokens, start, before = account
-        step = self._manager.snapshot() - before
-        step.tokens, step.forwards, step.total_s = tokens, 1, time.perf_counter() - start
-        self._phases[phase] = self._phases[phase] + step
+        prefill, tokens, start = account
+        seconds = time.perf_counter() - start
+        if not prefill:
+            self.engine.switch.end_step(seconds)
+        self._phases[prefill] += StepStats(tokens=tokens, forwards=1, total_s=seconds)
+
+    def _total(self, prefill: bool) -> StepStats:
+        layers = sum(self.engine.manager.layer_stats(prefill), StepStats())
+        own = self._phases[prefill]
+        return replace(layers, tokens=own.tokens, forwards=own.forwards, total_s=own.total_s)
 
 
-def _shut_down(manager: ExpertManager, pool: SlotPool) -> None:
+def _shut_down(engine: list[Engine], reader: StoreReader) -> None:
     try:
-        manager.close()
+        engine[0].close()
     finally:
-        pool.close()
+        reader.close()
 
 
 def check_envelope(envelope: Envelope, *, batch: int, tokens: int, context: int, logit_rows: int = 0) -> None:

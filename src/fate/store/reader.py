@@ -6,6 +6,7 @@ system allows it (so that the cache does not double the memory). Dense weights: 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import logging
@@ -22,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 
 from fate.core import ExpertKey
 from fate.errors import ChecksumError, StoreError, StoreMismatchError
+from fate.kernels import native
 from fate.store import format as fmt
+from fate.transfer.scheduler import Progress
 
 logger = logging.getLogger("fate.store")
 
@@ -66,15 +69,35 @@ class StoreReader:
         self._finalizer = weakref.finalize(self, os.close, self._fd)
         self._verified: set[tuple[int, bool]] = set()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, offset: int) -> None:
-        """Fill page-aligned `buffer` with the record's bytes from `offset` (page-aligned too)."""
-        at = self.header.record_offset(*key) + offset
+    def read_into(self, key: ExpertKey, buffer: memoryview, offset: int, progress: Progress | None = None) -> None:
+        """Fill page-aligned `buffer` with the record's bytes from `offset` (page-aligned too).
+
+        progress: counts bytes as they arrive and may stop the read at the end of a chunk. Raises StoreError, OSError.
+        """
+        at, cpu = self.header.record_offset(*key) + offset, native.extension()
+        if progress is None or cpu is None:
+            return self._read_plainly(key, buffer, at, progress)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        error = cpu.read_file(self._fd, address, len(buffer), at, progress.chunk_bytes, progress.address)
+        if error == errno.ENODATA:
+            raise self._ends_inside(key)
+        if error:
+            raise OSError(error, os.strerror(error), str(self.file))
+        return None
+
+    def _read_plainly(self, key: ExpertKey, buffer: memoryview, at: int, progress: Progress | None) -> None:
         done = 0
-        while done < len(buffer):
-            got = os.preadv(self._fd, [buffer[done:]], at + done)
+        while done < len(buffer) and not (progress is not None and done and progress.stop):
+            end = len(buffer) if progress is None else min(done + progress.chunk_bytes, len(buffer))
+            got = os.preadv(self._fd, [buffer[done:end]], at + done)
             if got == 0 or (done + got < len(buffer) and got % fmt.PAGE_BYTES):  # only the file's end cuts a page
-                raise StoreError(f"{self.file} ends inside {key}: convert the checkpoint again")
+                raise self._ends_inside(key)
             done += got
+            if progress is not None:
+                progress.add(got)
+
+    def _ends_inside(self, key: ExpertKey) -> StoreError:
+        return StoreError(f"{self.file} ends inside {key}: convert the checkpoint again")
 
     def verify(self, key: ExpertKey, record: memoryview, *, prefix: bool, rest: bool) -> None:
         """Check the halves of `record` that were read against their checksums, each the first time it is read."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fate.core import ExpertKey
 from fate.store.reader import StoreReader
+from fate.transfer.scheduler import Progress
 
 
 class DiskSource:
@@ -15,8 +16,8 @@ class DiskSource:
         self._reader = reader
         self._slot_view = slot_view
 
-    def read(self, key: ExpertKey, slot: int, offset: int, length: int) -> None:
-        self._reader.read_into(key, self._slot_view(slot)[offset : offset + length], offset)
+    def read(self, key: ExpertKey, slot: int, offset: int, length: int, progress: Progress) -> None:
+        self._reader.read_into(key, self._slot_view(slot)[offset : offset + length], offset, progress)
 
     def verify(self, key: ExpertKey, slot: int, offset: int, length: int) -> None:
         layout = self._reader.header.layout(key.layer)
@@ -24,4 +25,4 @@ class DiskSource:
         self._reader.verify(key, record, prefix=offset == 0, rest=offset + length >= layout.record_bytes)
 
     def close(self) -> None:
-        self._reader.close()
+        """The reader is its owner's to close: another engine may go on with it."""

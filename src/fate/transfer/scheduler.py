@@ -1,8 +1,8 @@
 """Who is read next: demand before prefetch, guesses only on an idle link.
 
-A small pool of threads serves two queues. Demands go first, in order. A prefetch starts only while no demand is
-queued or being read, moves in chunks, and steps aside between chunks when a demand arrives. A prefetch that its layer
-turns out to need is *upgraded* (it keeps the bytes it has); one that is no longer wanted is *cancelled*.
+A small pool of threads serves two queues. Demands go first, in order. A prefetch starts only while nothing else is
+queued before it or being read, moves in chunks, and steps aside between chunks when a demand arrives. A prefetch that
+its layer turns out to need is *upgraded* (it keeps the bytes it has); one that is no longer wanted is *cancelled*.
 
 Torch-free: bytes move through a `Source`, slots are numbers. Residency, and with it that no expert is read twice, is
 the caller's business.
@@ -10,25 +10,53 @@ the caller's business.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fate.core import ExpertKey, Precision
 from fate.errors import ClosedError, FateError, TransferError
+from fate.trace.timeline import Timeline
 
 PREFETCH_CHUNK_BYTES = 1 << 20
+
+
+class Progress:
+    """What the thread that reads and the others tell each other of one read, without the interpreter's lock: two
+    int64 at `address`, `stop` and `done` (bytes). chunk_bytes: how much is read before `stop` is looked at."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self.chunk_bytes = chunk_bytes
+        self._fields = (ctypes.c_int64 * 2)()
+        self.address = ctypes.addressof(self._fields)
+
+    @property
+    def stop(self) -> bool:
+        return self._fields[0] != 0
+
+    @stop.setter
+    def stop(self, value: bool) -> None:
+        self._fields[0] = int(value)
+
+    @property
+    def done(self) -> int:
+        return self._fields[1]
+
+    def add(self, num_bytes: int) -> None:
+        self._fields[1] += num_bytes
 
 
 class Source(Protocol):
     """Where expert bytes come from (a store on disk, another memory)."""
 
-    def read(self, key: ExpertKey, slot: int, offset: int, length: int) -> None:
-        """Put bytes [offset, offset + length) of the record of `key` at the same offset of `slot`."""
+    def read(self, key: ExpertKey, slot: int, offset: int, length: int, progress: Progress) -> None:
+        """Put bytes [offset, offset + length) of the record of `key` at the same offset of `slot`, adding to
+        `progress.done` as they arrive; once `progress.stop` is set, return at the end of a chunk, all read or not."""
 
     def verify(self, key: ExpertKey, slot: int, offset: int, length: int) -> None:
         """Raise ChecksumError unless the bytes just read are those that were written."""
@@ -51,7 +79,8 @@ _FINISHED = frozenset({State.DONE, State.FAILED, State.CANCELLED})
 class Transfer:
     """One read of bytes [offset, offset + length) of an expert's record into `slot`.
 
-    precision: what the slot holds once this is DONE. demand: a layer waits for it. error: why it FAILED.
+    precision: what the slot holds once this is DONE. demand: a layer waits for it; guessed_bytes: what was read before
+    it did. error: why it FAILED.
     """
 
     key: ExpertKey
@@ -62,39 +91,49 @@ class Transfer:
     demand: bool = True
     confidence: float = 1.0
     state: State = State.QUEUED
-    bytes_read: int = 0
+    guessed_bytes: int = 0
+    metered_bytes: int = 0
+    progress: Progress = field(default_factory=lambda: Progress(PREFETCH_CHUNK_BYTES))
     error: BaseException | None = None
     cancel_asked: bool = False
+
+    @property
+    def bytes_read(self) -> int:
+        return self.progress.done
 
     @property
     def finished(self) -> bool:
         return self.state in _FINISHED
 
 
-@dataclass
-class TransferStats:
-    """Bytes read so far, by the priority they were read at."""
-
-    demand_bytes: int = 0
-    prefetch_bytes: int = 0
+Meter = Callable[[Transfer, int, int], None]
 
 
 class TransferScheduler:
     """`workers` threads reading from `source`. All methods may be called from any thread.
 
-    prefetch_cap_bytes bounds the bytes of prefetches that are queued or being read. An exception in the caller (a
-    KeyboardInterrupt may come anywhere) can leave a transfer that nobody waits for; `quiesce` forgets them all.
+    prefetch_cap_bytes bounds the bytes of prefetches that are queued or being read. `meter`: told of all bytes read
+    (transfer, those it was guessed at, those demanded), by one thread at a time. `timeline`: where reads are noted
+    down. An exception in the caller (a KeyboardInterrupt may come anywhere) can leave a transfer that nobody waits for;
+    `quiesce` forgets them all.
     """
 
-    def __init__(self, source: Source, *, workers: int = 2, prefetch_cap_bytes: int = 1 << 62) -> None:
-        self.stats = TransferStats()
+    def __init__(
+        self,
+        source: Source,
+        *,
+        workers: int = 2,
+        prefetch_cap_bytes: int = 1 << 62,
+    ) -> None:
+        self.meter: Meter | None = None
+        self.timeline: Timeline | None = None
         self._source = source
         self._cap = prefetch_cap_bytes
         self._lock = threading.RLock()  # re-entrant: a finalizer may close us from any allocation
         self._work = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
         self._demands: deque[Transfer] = deque()
-        self._prefetches: list[Transfer] = []  # most confident last
+        self._prefetches: list[Transfer] = []  # the most confident goes first, of equals the oldest
         self._reading: set[Transfer] = set()  # changed by the worker threads alone
         self._closed = False
         self._threads = [
@@ -107,8 +146,10 @@ class TransferScheduler:
         """Queue a read a layer waits for, behind earlier demands and before all prefetches."""
         with self._lock:
             self._check_open()
+            transfer.progress.chunk_bytes = transfer.length  # nothing it would step aside for
             self._demands.append(transfer)
-            self._work.notify()
+            self._step_aside()
+            self._wake()
 
     def prefetch(self, transfer: Transfer) -> bool:
         """Queue a guess (`demand` false); False when the byte cap is reached."""
@@ -118,8 +159,8 @@ class TransferScheduler:
             if sum(t.length for t in guesses) + transfer.length > self._cap:
                 return False
             self._prefetches.append(transfer)
-            self._prefetches.sort(key=lambda t: t.confidence)
-            self._work.notify()
+            if not self._reading:  # else the thread that reads goes on with it: waking others only costs
+                self._work.notify()
             return True
 
     def upgrade(self, transfer: Transfer) -> int:
@@ -127,18 +168,20 @@ class TransferScheduler:
         with self._lock:
             if not transfer.demand:
                 transfer.demand = True
+                transfer.guessed_bytes = transfer.bytes_read
                 if transfer in self._prefetches:
                     self._prefetches.remove(transfer)
                     self._demands.append(transfer)
-                    self._work.notify()
-            return transfer.bytes_read
+                    self._wake()
+                self._step_aside()
+            return transfer.guessed_bytes
 
     def cancel(self, transfer: Transfer) -> bool:
         """Give up a transfer. True: its slot is free now. False: a read still writes there; wait for `finished`."""
         with self._lock:
             if transfer.finished:
                 return True
-            transfer.cancel_asked = True
+            transfer.cancel_asked = transfer.progress.stop = True
             if transfer in self._reading:
                 return False
             for queue in (self._prefetches, self._demands):
@@ -173,6 +216,8 @@ class TransferScheduler:
         """Stop the threads (each finishes at most the read it is in) and the source. May be called twice."""
         with self._lock:
             self._closed = True
+            for transfer in self._reading:
+                transfer.progress.stop = True
             self._work.notify_all()
             self._done.notify_all()
         if threading.current_thread() in self._threads:  # a finalizer may run in one of them, even under the lock
@@ -205,11 +250,13 @@ class TransferScheduler:
 
     def _take(self) -> Transfer | None:
         """The next transfer to read, now marked as being read; None: nothing may start."""
-        if self._closed or not (self._demands or self._prefetches):
+        if self._closed or not (self._demands or (self._prefetches and not self._reading)):
             return None
-        if (not self._demands and self._demand_reading()) or self._closed:
-            return None
-        transfer = self._demands.popleft() if self._demands else self._prefetches.pop()
+        if self._demands:
+            transfer = self._demands.popleft()
+        else:
+            transfer = max(self._prefetches, key=lambda t: t.confidence)
+            self._prefetches.remove(transfer)
         transfer.state = State.READING
         self._reading.add(transfer)
         return transfer
@@ -218,11 +265,14 @@ class TransferScheduler:
         """Read until finished, or until a demand asks a prefetch to step aside."""
         try:
             while transfer.bytes_read < transfer.length:
-                left = transfer.length - transfer.bytes_read
-                chunk = left if transfer.demand else min(left, PREFETCH_CHUNK_BYTES)
-                self._source.read(transfer.key, transfer.slot, transfer.offset + transfer.bytes_read, chunk)
+                at, left = transfer.offset + transfer.bytes_read, transfer.length - transfer.bytes_read
+                kind, start, before = "demand" if transfer.demand else "prefetch", time.perf_counter(), at
+                self._source.read(transfer.key, transfer.slot, at, left, transfer.progress)
+                if (timeline := self.timeline) is not None:
+                    read = transfer.offset + transfer.bytes_read - before
+                    timeline.add(start, time.perf_counter(), kind, *transfer.key, read)
                 with self._lock:
-                    if not self._goes_on(transfer, chunk):
+                    if not self._goes_on(transfer):
                         return
             self._source.verify(transfer.key, transfer.slot, transfer.offset, transfer.length)
         except BaseException as error:  # whatever it is, the layer that waits must get it
@@ -230,16 +280,13 @@ class TransferScheduler:
             return self._finish(transfer, State.FAILED)
         self._finish(transfer, State.DONE)
 
-    def _goes_on(self, transfer: Transfer, chunk: int) -> bool:
-        """Account for a chunk; False when the transfer was cancelled or steps aside."""
-        transfer.bytes_read += chunk
-        if transfer.demand:
-            self.stats.demand_bytes += chunk
-        else:
-            self.stats.prefetch_bytes += chunk
+    def _goes_on(self, transfer: Transfer) -> bool:
+        """Account for what was read; False when the transfer was cancelled or steps aside."""
+        self._account(transfer)
         if transfer.cancel_asked or self._closed:
             self._finish(transfer, State.CANCELLED)
             return False
+        transfer.progress.stop = False
         unfinished = transfer.bytes_read < transfer.length
         if not transfer.demand and unfinished and (self._demands or self._demand_reading()):
             self._reading.discard(transfer)
@@ -248,6 +295,25 @@ class TransferScheduler:
             return False
         return True
 
+    def _account(self, transfer: Transfer) -> None:
+        if self.meter is None:
+            return
+        read, metered = transfer.bytes_read, transfer.metered_bytes
+        guessed = max(0, (transfer.guessed_bytes if transfer.demand else read) - metered)
+        self.meter(transfer, guessed, read - metered - guessed)
+        transfer.metered_bytes = read
+
+    def _step_aside(self) -> None:
+        """Guesses that are being read stop at the end of a chunk: a demand has come."""
+        for transfer in self._reading:
+            if not transfer.demand:
+                transfer.progress.stop = True
+
+    def _wake(self) -> None:
+        """Another thread, if there is more for one to do than those that read will go on with."""
+        if self._demands and len(self._reading) < len(self._threads):
+            self._work.notify()
+
     def _demand_reading(self) -> bool:
         return any(t.demand for t in self._reading)
 
@@ -255,8 +321,9 @@ class TransferScheduler:
         with self._lock:
             self._reading.discard(transfer)
             transfer.state = state
-            self._done.notify_all()
-            self._work.notify_all()  # an idle link may start a prefetch
+            if transfer.demand or transfer.cancel_asked:  # nobody waits for a guess
+                self._done.notify_all()
+            self._wake()
 
 
 def require_done(transfer: Transfer) -> None:

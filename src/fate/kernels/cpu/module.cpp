@@ -1,6 +1,7 @@
 // Python bindings. Tensors arrive as addresses (data_ptr): fate/kernels/__init__.py has checked shapes, dtypes and
 // contiguity, and this file checks what could lead outside of them: a record's layout, ids, tokens and ranks.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -9,10 +10,12 @@
 #include <tuple>
 #include <vector>
 
+#include "gate.h"
 #include "linear.h"
 #include "quantize.h"
 #include "rows.h"
 #include "tiles.h"
+#include "transfer.h"
 
 namespace nb = nanobind;
 using namespace fate;
@@ -126,6 +129,28 @@ std::tuple<double, double> bind_quantize_matrix(uint64_t weights, int dtype, int
     return {sums.squares, sums.products};
 }
 
+int bind_read_file(int fd, uint64_t to, int64_t length, int64_t offset, int64_t chunk, uint64_t progress) {
+    require(length >= 0 && offset >= 0 && chunk > 0, "a read needs a length, an offset and a chunk");
+    nb::gil_scoped_release release;
+    return read_file(fd, pointer<uint8_t>(to), length, offset, chunk, pointer<Progress>(progress));
+}
+
+void bind_copy_paced(uint64_t to, uint64_t from, int64_t length, int64_t chunk, double start_s, double bytes_per_s,
+                     uint64_t progress) {
+    require(length >= 0 && chunk > 0, "a copy needs a length and a chunk");
+    nb::gil_scoped_release release;
+    copy_paced(pointer<uint8_t>(to), pointer<const uint8_t>(from), length, chunk, start_s, bytes_per_s,
+               pointer<Progress>(progress));
+}
+
+// Keeps the interpreter: giving it up for some microseconds would cost more than they are worth.
+std::vector<std::pair<int, float>> bind_rank_experts(uint64_t weights, uint64_t x, int dtype, int experts, int hidden,
+                                                     int limit) {
+    require(experts > 0 && hidden > 0 && limit > 0, "a gate needs experts, a hidden size and a limit");
+    return rank_experts(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), experts,
+                        hidden, limit);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -135,6 +160,9 @@ NB_MODULE(_cpu, m) {
     m.def("reduce_rows", &bind_reduce_rows);
     m.def("gather_rows", &bind_gather_rows);
     m.def("quantize_matrix", &bind_quantize_matrix);
+    m.def("read_file", &bind_read_file);
+    m.def("copy_paced", &bind_copy_paced);
+    m.def("rank_experts", &bind_rank_experts);
     m.def("kernel_name", [] { return std::string(tile_kernels().name); });
     m.def("select_kernels", [](const std::string& name) { return select_tile_kernels(name.c_str()); });
 }

@@ -1,0 +1,118 @@
+"""The JSON document of a comparison, from whatever was measured; tables and plots are drawn from nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fate.bench.comparison import Comparison, Workload
+from fate.bench.environment import environment, peak_resident_bytes
+from fate.bench.limits import Compute
+from fate.bench.quality import Quality
+from fate.bench.summary import PHASES, system_row
+from fate.bench.systems import Cell, Measured
+from fate.memory import parse_experts
+from fate.systems import resolve_system
+
+
+def document(
+    store: Path, comparison: Comparison, workload: Workload, measured: Measured, quality: Quality | None = None
+) -> dict[str, Any]:
+    """Every number with its unit in its name; `cells` holds the finished ones, `complete` says whether that is all.
+
+    measured.compute must be there: until then there is nothing to say.
+    """
+    compute = measured.compute
+    assert compute is not None
+    found: dict[str, Any] = {
+        "bench": "systems",
+        "store": store.name,
+        "comparison": asdict(comparison),
+        "workload": _describe_workload(workload),
+        "compute": asdict(compute),
+        "disk_read_bytes_per_s": _disk_limit(measured),
+        "complete": len(measured.cells) == comparison.num_cells,
+        "cells": [_describe(cell, compute, measured) for cell in measured.cells],
+        "peak_resident_bytes": peak_resident_bytes(),
+        "environment": environment(),
+    }
+    found["speedups"] = speedups(found["cells"])
+    if quality is not None:
+        found["perplexity"] = quality.describe()
+    return found
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    """The whole document or, where something fails, nothing: `path` never holds half of one. Raises OSError."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            json.dump(document, file, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _describe_workload(workload: Workload) -> dict[str, Any]:
+    request = workload.measured[0]
+    return {
+        "prompts": [measured.file for measured in workload.measured],
+        "prompt_tokens": request.prompt_tokens,
+        "new_tokens": request.new_tokens,
+        "recorded_requests": len(workload.recorded),
+    }
+
+
+def _describe(cell: Cell, compute: Compute, measured: Measured) -> dict[str, Any]:
+    bytes_per_s = cell.link.bytes_per_s or _disk_limit(measured)
+    total = measured.num_experts
+    rows = {name: system_row(cell.runs, name, compute, bytes_per_s, cell.minimum) for name in cell.runs}
+    for name, row in rows.items():
+        row["exact"] = resolve_system(name).exact
+        row["perplexity_change"] = cell.perplexity.get(name)
+    return {
+        "link": cell.link.name,
+        "bytes_per_s": bytes_per_s,
+        "rho": compute.rho(bytes_per_s),
+        "experts": cell.experts,
+        "share": (parse_experts(cell.experts, total) or total) / total,
+        "systems": rows,
+        "timelines": cell.timelines,
+    }
+
+
+def _disk_limit(measured: Measured) -> float:
+    """The fastest the disk was ever seen to read: in probes, which it may have disturbed, or in a run."""
+    phases = [
+        run.phase(name)
+        for cell in measured.cells
+        if cell.link.bytes_per_s is None
+        for runs in cell.runs.values()
+        for run in runs
+        for name in PHASES
+    ]
+    return max(measured.disk_bytes_per_s, *(phase.stats.bytes_moved / phase.seconds for phase in phases), 0.0)
+
+
+def speedups(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per link, phase, system called fate or fate-..., and baseline: the median paired ratio at each budget
+    (`by_experts`) and the budget where it is largest (`best`)."""
+    found: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    for cell in cells:
+        ours = {system: row for system, row in cell["systems"].items() if system.split("-")[0] == "fate"}
+        for (system, row), phase in product(ours.items(), PHASES):
+            for baseline, ratio in row[phase]["speedup_over"].items():
+                found.setdefault((cell["link"], phase, system, baseline), {})[cell["experts"]] = ratio["median"]
+    keys = ("link", "phase", "system", "over")
+    return [
+        {**dict(zip(keys, key)), "by_experts": ratios, "best": max(ratios, key=ratios.__getitem__)}
+        for key, ratios in found.items()
+    ]

@@ -1,0 +1,59 @@
+"""Early routing: some blocks compute their shared expert before they ask their router. Asked at the block's entry, the
+router names the missing experts while the shared expert still has to be computed.
+
+Which blocks these are is observed, not known by name: in its first forward a block shows whether another of its
+modules runs before the router and whether the router sees just what the block was given. The early word is only a
+head start: what the model itself routes is compared with it, and counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fate.models.adapter import MoELayer
+from fate.models.routers import RouterGate
+from fate.runtime.backend import LayerRuntime
+
+
+class EarlyRouter:
+    """Hooks on one block. `enabled`: whether the engine wants it."""
+
+    def __init__(self, layer: MoELayer, gate: RouterGate, runtime: LayerRuntime) -> None:
+        self.enabled = False
+        self._gate = gate
+        self._runtime = runtime
+        self._pays: bool | None = None  # unknown until the block has been watched once
+        self._given: torch.Tensor | None = None
+        self._others_first = False
+        assert layer.router is not None
+        layer.block.register_forward_pre_hook(self._on_block, with_kwargs=True)
+        for child in layer.block.children():
+            if child not in (layer.router, layer.experts) and any(True for _ in child.parameters()):
+                child.register_forward_pre_hook(self._on_other)
+        layer.router.register_forward_pre_hook(self._on_router, with_kwargs=True)
+
+    def _on_block(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(given, torch.Tensor):
+            self._pays = False
+        elif self._pays is None:
+            self._given, self._others_first = given, False
+        elif self._pays and self.enabled and self._runtime.manager.incomplete(self._runtime.index):
+            routed = self._gate.route(given)
+            if routed is not None:
+                self._runtime.begin_early(given.reshape(-1, given.shape[-1]), *routed)
+
+    def _on_other(self, module: Any, args: tuple[Any, ...]) -> None:
+        self._others_first = True
+
+    def _on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._pays is None and self._given is not None:
+            seen = args[0] if args else kwargs.get("hidden_states")
+            self._pays = self._others_first and isinstance(seen, torch.Tensor) and _same_data(seen, self._given)
+            self._given = None
+
+
+def _same_data(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.numel() == b.numel() and a.data_ptr() == b.data_ptr()

@@ -1,0 +1,41 @@
+"""One engine: slots, transfers, residency and prediction for one system at one size. A model may have several in turn
+(`Session.reconfigure`); its dense weights and its hooks stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fate.memory import MemoryPlan
+from fate.predict import Predictor
+from fate.runtime.manager import ExpertManager
+from fate.runtime.slots import SlotPool
+from fate.runtime.switch import PrefetchSwitch
+from fate.systems import System
+
+
+@dataclass(eq=False)
+class Engine:
+    """notes: what it decided by measurement, in one line each."""
+
+    system: System
+    plan: MemoryPlan
+    manager: ExpertManager
+    pool: SlotPool
+    predictor: Predictor
+    switch: PrefetchSwitch
+    notes: list[str] = field(default_factory=list)
+
+    def begin_request(self) -> None:
+        """A new sequence starts: with some systems prediction and eviction go by it."""
+        with self.manager.lock:
+            self.predictor.begin_request()
+            self.manager.cache.begin_request()
+            if self.manager.recorder is not None:
+                self.manager.recorder.begin_request()
+
+    def close(self) -> None:
+        """Stop the transfer threads, free the slots."""
+        try:
+            self.manager.close()
+        finally:
+            self.pool.close()

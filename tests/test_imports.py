@@ -36,6 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "fate.profile",
         "fate.profiling",
         "fate.similarity",
+        "fate.explanation",
     ),
     "public API": ("fate", "fate.loading"),
     "front ends": ("fate.cli", "fate.server", "fate.bench"),

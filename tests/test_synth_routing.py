@@ -183,7 +183,7 @@ def test_a_store_begun_with_the_other_routing_is_not_taken_over(stores: dict[str
 @pytest.mark.slow
 @pytest.mark.parametrize("name, dense_bits", [(QWEN, 4), (DEEPSEEK, 4), (DEEPSEEK, 16)])
 def test_full_width(name: str, dense_bits: int, tmp_path: Path) -> None:
-    store = synth(name, tmp_path / "real", num_layers=4, dense_bits=dense_bits)
+    store = synth(name, tmp_path / "real", num_layers=6, dense_bits=dense_bits)
     traces = route(store, TEXTS, 192, memory="6GiB")
     assert hit_rate(traces, 0.50) == pytest.approx(0.70, abs=0.05)
     assert foreseen(traces) == pytest.approx(0.80, abs=0.05)

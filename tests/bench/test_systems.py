@@ -149,17 +149,16 @@ def test_systems_alternate_and_links_are_paced_when_measured(monkeypatch: pytest
     monkeypatch.setattr(Session, "reconfigure", reconfigure)
     monkeypatch.setattr(Session, "set_link", set_link)
     monkeypatch.setattr(systems_module, "feed", noted)
-    comparison = Comparison(("load-on-demand", "cross-layer"), ("50%",), ("50MB/s",), repeats=2, settle_tokens=1)
+    comparison = Comparison(("cross-layer", "fate"), ("50%",), ("50MB/s",), repeats=2, settle_tokens=1)
     SystemsBench(comparison, work).run(tiny_store(STORE), silent)
 
-    assert [what for kind, what in log if kind == "engine"] == ["load-on-demand", "cross-layer"] * 2
-    first = log.index(("engine", "load-on-demand"))
-    second = log.index(("engine", "cross-layer"))
-    third = log.index(("engine", "load-on-demand"), second)
-    recorded = [("feed", "file 1"), ("feed", "file 2")]
-    unpaced, paced, settling = ("pace", None), ("pace", 50e6), ("feed", "file 2")
-    assert log[first + 1 : second] == [unpaced, *recorded, settling, paced, ("feed", "file 0")]
-    assert log[second + 1 : third] == [unpaced, *recorded, paced, settling, paced, ("feed", "file 0")]
+    assert [what for kind, what in log if kind == "engine"] == ["cross-layer", "fate"] * 2
+    first = log.index(("engine", "cross-layer"))
+    second = log.index(("engine", "fate"))
+    third = log.index(("engine", "cross-layer"), second)
+    warm_up = [("feed", "file 1"), ("feed", "file 2"), ("feed", "file 2")]
+    assert log[first + 1 : second] == [("pace", None), *warm_up, ("pace", 50e6), ("feed", "file 0")]
+    assert log[second + 1 : third] == [*warm_up, ("feed", "file 0")], "it switches itself off by what it measures"
 
 
 def test_steps_are_counted_to_the_end() -> None:

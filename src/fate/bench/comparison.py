@@ -20,7 +20,7 @@ EXPERTS = "10%,25%,50%,75%,90%"
 @dataclass(frozen=True)
 class Comparison:
     """links: "disk" or speeds ("12GB/s"); rhos: further links, whose speeds follow from the measured compute.
-    settle_tokens: at least so many are decoded at the measured pace before measuring. timelines: also note when
+    settle_tokens: at least so many are decoded after the recorded requests, before measuring. timelines: also note when
     everything happens in one decoded token of each system, on each link with the middle budget."""
 
     systems: tuple[str, ...]

@@ -1,8 +1,8 @@
 """Systems x budgets x links on given prompts: the comparison a claim of speed is made from.
 
 In one cell (a link, a budget) the systems alternate, A B A B, so that whatever drifts drifts for all. Each measurement
-is an engine of its own on the same dense weights. It runs the recorded requests as fast as its tier allows, some of
-them again at the measured pace (what an engine decides by measurement is then decided), and then the measured ones.
+is an engine of its own on the same dense weights. It runs the recorded requests, then some of them again (enough steps
+for an engine to decide whether prefetching pays), and then the measured ones.
 """
 
 from __future__ import annotations
@@ -132,19 +132,17 @@ class SystemsBench:
         return cell
 
     def _warm_up(self, model: FateModel, cell: Cell, system: str) -> None:
-        """A new engine, used to requests like those to come. One that guesses nothing has nothing to decide: it runs
-        the same requests unpaced."""
+        """A new engine, used to requests like those to come. Where the link is emulated they run unpaced, but for a
+        system that switches itself off: it would decide by the wrong pace."""
         pace, work = cell.link.bytes_per_s, self._workload
         model.fate.reconfigure(system=system, experts=cell.experts, link=pace)
-        if pace is not None:
+        unpaced = pace is not None and not resolve_system(system).switches_off
+        if unpaced:
             model.fate.set_link(None)
-        for request in work.recorded:
+        settling = [work.recorded[at] for at in work.settling(self._comparison.settle_tokens)]
+        for request in (*work.recorded, *settling):
             feed(model, request.ids, request.prompt_tokens)
-        if pace is not None and resolve_system(system).guesses:
-            model.fate.set_link(pace)
-        for at in work.settling(self._comparison.settle_tokens):
-            feed(model, work.recorded[at].ids, work.recorded[at].prompt_tokens)
-        if pace is not None:
+        if unpaced:
             model.fate.set_link(pace)
 
     def _measure(self, model: FateModel) -> Run:

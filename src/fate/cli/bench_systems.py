@@ -21,7 +21,7 @@ Links = Annotated[str | None, typer.Option("--link", help="disk (default), speed
 Rhos = Annotated[str | None, typer.Option("--rho", help="Emulate links that take so many layers' time an expert.")]
 Prompts = Annotated[list[Path], typer.Option(help="Text, or .jsonl with prompt, question or text; repeatable.")]
 Recorded = Annotated[int, typer.Option(min=0, help="Other requests, run before measuring; 0: caches are cold.")]
-Settling = Annotated[int, typer.Option(min=0, help="Tokens of them decoded again at the link's pace.")]
+Settling = Annotated[int, typer.Option(min=0, help="Tokens of them decoded again, until prefetching is settled.")]
 Judged = Annotated[list[Path] | None, typer.Option(help="Texts that lossy systems are judged on; repeatable.")]
 Json = Annotated[Path | None, typer.Option(help="File for the result; - for one line on standard output.")]
 Plots = Annotated[Path | None, typer.Option(help="Directory for PNG files; needs matplotlib.")]

@@ -47,7 +47,8 @@ def prompt_limit(max_context: int, max_new_tokens: int) -> int:
 
 
 class Conversation:
-    """Answers messages with `model`, streaming to standard output; `notice` is told what is forgotten.
+    """Answers messages with `model`, streaming to standard output; `notice` is told, after the answer, what the engine
+    decided meanwhile, and before it what is forgotten.
 
     `generations`: how each answer went.
     """
@@ -72,6 +73,8 @@ class Conversation:
         generation, new = self._answer(tokens)
         self._prefix.keep([*tokens, *new])
         self.generations.append(generation)
+        for note in generation.notes:
+            self._notice(note)
         if new:
             text = self._prompts.tokenizer.decode(new, skip_special_tokens=True)
             self._turns.append((question, {"role": "assistant", "content": str(text).strip()}))

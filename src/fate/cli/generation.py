@@ -5,8 +5,10 @@ It imports torch: commands import it once their arguments are known to be right.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +43,8 @@ class Sampling:
 @dataclass(frozen=True)
 class Generation:
     """How one answer went, or several. `reused_tokens` of the prompt's were in the KV cache already; `decode_tokens`
-    are the new ones after an answer's first, made in `decode_s`; ttft_s is None where no token came."""
+    are the new ones after an answer's first, made in `decode_s`; ttft_s is None where no token came. notes: what the
+    engine decided meanwhile, by measurement."""
 
     prompt_tokens: int
     reused_tokens: int
@@ -50,6 +53,7 @@ class Generation:
     ttft_s: float | None
     decode_s: float
     stats: RunStats
+    notes: tuple[str, ...] = ()
     interrupted: bool = False
 
     @property
@@ -72,6 +76,7 @@ def total(generations: Sequence[Generation], stats: RunStats) -> Generation:
         ttft_s=None,
         decode_s=sum(one.decode_s for one in generations),
         stats=stats,
+        notes=tuple(note for one in generations for note in one.notes),
     )
 
 
@@ -109,22 +114,23 @@ def generate(
     """Continue `ids` [1, tokens] through `streamer`; `cache` holds the keys and values of the first of them.
 
     Ctrl-C ends it early (`interrupted`); a FateError passes through. Either way what is printed next begins on a line
-    of its own.
+    of its own. What the engine has to say of itself is not printed into the text: it is in `notes`.
     """
     tokenizer = streamer.tokenizer
-    before, start = model.fate.stats(), time.perf_counter()
+    before, notes_before, start = model.fate.stats(), len(model.fate.notes), time.perf_counter()
     reused = cache.get_seq_length() if cache is not None else 0
     interrupted = False
     try:
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            streamer=streamer,
-            max_new_tokens=max_new_tokens or sampling.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling.arguments(),
-        )
+        with _silent_engine():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                streamer=streamer,
+                max_new_tokens=max_new_tokens or sampling.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                **sampling.arguments(),
+            )
     except KeyboardInterrupt:
         interrupted = True
         streamer.end()
@@ -140,8 +146,20 @@ def generate(
         ttft_s=times[0] - start if times else None,
         decode_s=times[-1] - times[0] if times else 0.0,
         stats=model.fate.stats() - before,
+        notes=tuple(model.fate.notes[notes_before:]),
         interrupted=interrupted,
     )
+
+
+@contextmanager
+def _silent_engine() -> Iterator[None]:
+    """A line of the engine's log would stand in the middle of the streamed text."""
+    log = logging.getLogger("fate.engine")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], without: str) -> list[int]:
@@ -172,6 +190,7 @@ def report(model: FateModel, generation: Generation) -> dict[str, Any]:
         "bytes_per_token": generation.bytes_per_token,
         "wasted_bytes_per_token": decode.wasted_bytes / decode.tokens if decode.tokens else 0.0,
         "stall_share": decode.stall_share,
+        "notes": list(generation.notes),
         "slots": model.fate.plan.num_slots,
         "experts": model.fate.plan.needs.total_experts,
         "planned_bytes": model.fate.plan.total,

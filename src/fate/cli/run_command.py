@@ -1,7 +1,8 @@
-"""`fate run`: generate text, streaming, and say in one line how it went."""
+"""`fate run`: generate text, streaming, and say in one line, or layer by layer, how it went."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +32,9 @@ def run(
     top_k: options.TopK = 0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say of each MoE layer where its time and bytes went.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -42,9 +46,11 @@ def run(
     options.check_limits(memory, experts, system)
     import torch
 
+    from fate.cli.explanation import print_explanation
     from fate.cli.generation import Sampling, TimedStreamer, generate, report, summary
+    from fate.explanation import observe
     from fate.loading import ensure_store, load, load_tokenizer
-    from fate.runtime.session import check_envelope
+    from fate.runtime.generation import check_envelope
 
     with byte_progress() as bar:
         store = ensure_store(model, bar)
@@ -61,12 +67,20 @@ def run(
         if seed is not None:
             torch.manual_seed(seed)
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)
-        generation = generate(loaded, ids, TimedStreamer(tokenizer), sampling)
+        with observe(loaded.fate) if explain else nullcontext() as observation:
+            generation = generate(loaded, ids, TimedStreamer(tokenizer), sampling)
         if generation.interrupted:
             raise KeyboardInterrupt
         figures = report(loaded, generation)
+        explanation = observation.explain() if observation is not None else None
     if not quiet:
+        for note in generation.notes:
+            print_words(err, note, style="dim")
         print_words(err, summary(generation), style="dim")
+    if explanation is not None:
+        figures["explain"] = explanation.to_json()
+        if not quiet:
+            print_explanation(err, explanation)
     if json:
         print_json(figures)
 

@@ -1,20 +1,28 @@
 """How far a gate's word on a later layer can be trusted, learned while running.
 
 One `Calibration` serves one layer at one distance. It counts how often the candidate at each rank turned out to be
-needed, and how much of the gate's probability must be named before the needed experts are covered: where the gate is
-sure, few candidates past top-k are named, where it is unsure more.
+needed, of those that were not in memory (what is resident is likelier to be needed again, and needs no guess), and how
+much of the gate's probability must be named before the needed experts are covered: where the gate is sure, few
+candidates past top-k are named, where it is unsure more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-
-Ranked = Sequence[tuple[int, float]]
+from dataclasses import dataclass
 
 COVERAGE = 0.97  # share of needed experts that the named candidates should contain
-_RANK_RATE = 0.02  # weight of one token in the frequencies: the last fifty or so count
+_RANK_RATE = 0.03  # weight of one token in the frequencies: the last thirty or so count
 _THRESHOLD_RATE = 0.01
 _FLOOR, _CEILING = 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Saying:
+    """What a gate said of a layer: candidates with probabilities, and those of them that were not in memory."""
+
+    ranked: Sequence[tuple[int, float]]
+    absent: frozenset[int]
 
 
 class Calibration:
@@ -23,24 +31,25 @@ class Calibration:
     def __init__(self, top_k: int, limit: int) -> None:
         self.top_k = top_k
         self.threshold = 0.6  # cumulative gate probability
-        self._needed = [0.75 if rank < top_k else 0.2 * (limit - rank) / limit for rank in range(limit)]
+        self._needed = [0.6 if rank < top_k else 0.2 * (limit - rank) / limit for rank in range(limit)]
 
-    def confident(self, ranked: Ranked) -> list[tuple[int, float]]:
-        """The candidates to name: (expert, how often one of its rank is needed), the likeliest first."""
+    def confident(self, saying: Saying) -> list[tuple[int, float]]:
+        """The candidates to name: (expert, how often one of its rank was needed; 0 for what is in memory)."""
         named, mass = [], 0.0
-        for rank, (expert, probability) in enumerate(ranked):
+        for rank, (expert, probability) in enumerate(saying.ranked):
             if rank >= self.top_k and mass >= self.threshold:
                 break
             mass += probability
-            named.append((expert, self._needed[rank]))
+            named.append((expert, self._needed[rank] if expert in saying.absent else 0.0))
         return named
 
-    def learn(self, ranked: Ranked, needed: Collection[int]) -> None:
-        """The layer's routing is known: `ranked` is what the gate had said of it, whole."""
+    def learn(self, saying: Saying, needed: Collection[int]) -> None:
+        """The layer's routing is known."""
         mass, found = 0.0, 0
-        for rank, (expert, probability) in enumerate(ranked):
+        for rank, (expert, probability) in enumerate(saying.ranked):
             hit = expert in needed
-            self._needed[rank] += _RANK_RATE * (hit - self._needed[rank])
+            if expert in saying.absent:
+                self._needed[rank] += _RANK_RATE * (hit - self._needed[rank])
             if hit:
                 found += 1
                 self._move(mass, len(needed))

@@ -15,13 +15,15 @@ from typing import Any
 
 from fate.core import Prediction, Routing
 from fate.predict.base import PREDICTORS, Predictor, PredictorContext
-from fate.predict.calibration import Calibration, Ranked
+from fate.predict.calibration import Calibration, Saying
 from fate.predict.popularity import RecentPopularity
 
 LOOKAHEAD = 2  # layers
 CANDIDATES = 3  # at most, in units of top-k
 PATIENCE = 0.7  # what a guess for the layer after the next is worth beside one for the next
-MIN_CONFIDENCE = 0.08  # a read that is wrong more often delays demands (by a chunk) more than it saves
+MIN_CONFIDENCE = (
+    0.2  # a read that is wrong more often costs more (a demand waits for a chunk, cores for the copy) than it saves
+)
 
 
 @PREDICTORS.register("cross-layer")
@@ -34,7 +36,7 @@ class CrossLayerGate(Predictor):
         limit = CANDIDATES * context.top_k
         self._limits = [min(limit, experts) for experts in context.num_experts]
         self._calibrations: dict[tuple[int, int], Calibration] = {}
-        self._said: dict[tuple[int, int], Ranked] = {}  # (layer, distance) -> what its gate answered
+        self._said: dict[tuple[int, int], Saying] = {}  # (layer, distance) -> what its gate answered
         first_layers = range(min(LOOKAHEAD, self._num_layers))
         self._recent = {layer: RecentPopularity(context.num_experts[layer]) for layer in first_layers}
 
@@ -63,27 +65,26 @@ class CrossLayerGate(Predictor):
         ranked = gate.rank(gate_input, self._limits[layer])
         if not ranked:
             return None
-        self._said[layer, distance] = ranked
         return self._prediction(layer, distance, ranked)
 
     def _next_token(self, layer: int) -> Prediction | None:
         """The first layers have no gate input yet: what tokens used lately."""
         if layer not in self._recent or not self.context.incomplete(layer):
             return None
-        ranked = self._recent[layer].ranked(self._limits[layer])
-        self._said[layer, 0] = ranked
-        return self._prediction(layer, 0, ranked)
+        return self._prediction(layer, 0, self._recent[layer].ranked(self._limits[layer]))
 
-    def _prediction(self, layer: int, distance: int, ranked: Ranked) -> Prediction:
+    def _prediction(self, layer: int, distance: int, ranked: Sequence[tuple[int, float]]) -> Prediction:
+        absent = frozenset(expert for expert, _ in ranked if not self.context.cached(layer, expert))
+        saying = self._said[layer, distance] = Saying(ranked, absent)
         worth = PATIENCE if distance > 1 else 1.0
-        named = self._calibration(layer, distance).confident(ranked)
+        named = self._calibration(layer, distance).confident(saying)
         return Prediction(layer, tuple((e, c * worth if c >= MIN_CONFIDENCE else 0.0) for e, c in named))
 
     def _learn(self, routing: Routing) -> None:
         layer, needed = routing.layer, frozenset(routing.experts)
         for distance in range(LOOKAHEAD + 1):
-            if (ranked := self._said.pop((layer, distance), None)) is not None:
-                self._calibration(layer, distance).learn(ranked, needed)
+            if (saying := self._said.pop((layer, distance), None)) is not None:
+                self._calibration(layer, distance).learn(saying, needed)
         if layer in self._recent:
             self._recent[layer].learn(needed)
 

@@ -108,7 +108,7 @@ class Assembly:
         precision = PRECISIONS.get(system.precision)(timing)
         manager = ExpertManager(header, cache, scheduler, precision)
         scheduler.meter = manager.meter
-        context = PredictorContext(self._gates, manager.incomplete, self._counts, self.top_k)
+        context = PredictorContext(self._gates, manager.incomplete, self._counts, self.top_k, manager.cached)
         predictor = PREDICTORS.get(system.predictor)(context)
         notes: list[str] = []
         switch = PrefetchSwitch(lambda note: _announce(notes, note), trial=system.guesses and system.switches_off)
@@ -137,7 +137,7 @@ class Assembly:
 
 def _announce(notes: list[str], note: str) -> None:
     notes.append(note)
-    logger.warning("%s", note)
+    logging.getLogger("fate.engine").warning("%s", note)
 
 
 def assemble(

@@ -30,7 +30,7 @@ class EarlyRouter:
         assert layer.router is not None
         layer.block.register_forward_pre_hook(self._on_block, with_kwargs=True)
         for child in layer.block.children():
-            if child not in (layer.router, layer.experts) and any(True for _ in child.parameters()):
+            if child not in (layer.router, layer.experts):
                 child.register_forward_pre_hook(self._on_other)
         layer.router.register_forward_pre_hook(self._on_router, with_kwargs=True)
 

@@ -81,6 +81,11 @@ class ExpertManager:
         """Whether `layer` has experts that are not cached: only then is a guess worth making."""
         return self.cache.num_cached(layer) < self.header.layers[layer].num_experts
 
+    def cached(self, layer: int, expert: int) -> bool:
+        """Whether the layer's cache has the expert, landed or not; what is only staged as a guess is not in it."""
+        entry = self.cache.lookup(ExpertKey(layer, expert))
+        return entry is not None and not entry.staged
+
     def close(self) -> None:
         """Stop the transfers once no lease is in use; later leases raise ClosedError."""
         with self.lock:

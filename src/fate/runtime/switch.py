@@ -1,9 +1,9 @@
 """Prefetching switches itself off where measurement shows that it does not pay.
 
 Guesses cost something (asking a gate, a demand that waits for a chunk to end, reads that were wrong) and whether they
-gain more depends on machine, model and budget. So they are tried: in pairs of decoding steps one runs with guesses
-and one without, in turns (on off off on). What a guess leaves in the cache is what routing then confirmed, so both
-kinds of step see the same residency.
+gain more depends on machine, model and budget. So they are tried: of every four decoding steps the third goes without,
+and is compared with the steps around it. What a guess leaves in the cache is what routing then confirmed, so both kinds
+of step see the same residency.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import math
 from collections.abc import Callable
 from statistics import fmean, stdev
 
-MIN_PAIRS = 8
-MAX_PAIRS = 32
-SIGMAS = 2.0  # a difference of so many standard errors decides before MAX_PAIRS
+MIN_ROUNDS = 4
+MAX_ROUNDS = 24
 RETRY_STEPS = 2048  # texts change: after so many steps without guesses, or four times as many with them, try again
 KEEP_STEPS = 4 * RETRY_STEPS
 
@@ -23,19 +22,23 @@ class PrefetchSwitch:
     """`on`: whether guesses are made now. `announce` is told, in one line, of each decision against them.
 
     >>> switch = PrefetchSwitch(print)
-    >>> for step in range(2 * MIN_PAIRS):
+    >>> for step in range(4 * MIN_ROUNDS):
     ...     switch.begin_step()
     ...     switch.end_step(0.020 if switch.on else 0.010)
-    prefetching is off: decoding takes 20.00 ms a step with it, 10.00 without (8 pairs of steps)
+    prefetching is off: decoding takes 20.00 ms a step with it, 10.00 without (4 rounds of 4 steps)
     """
 
     def __init__(self, announce: Callable[[str], None], *, trial: bool = True) -> None:
         """trial: false leaves it on for good (to measure prefetching itself)."""
-        self.on = True
         self._announce = announce
         self._trial = trial
-        self._verdict = True
-        self._with: list[float] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Try again: what was measured was another machine, so to say."""
+        self.on = self._verdict = True
+        self._round: list[float] = []  # seconds of its steps: with, with, without, with
+        self._with: list[float] = []  # of whole rounds
         self._without: list[float] = []
         self._rest = 0  # steps until the next trial
 
@@ -43,8 +46,7 @@ class PrefetchSwitch:
         """A decoding step begins."""
         self.on = self._verdict
         if self._trial and not self._rest:
-            pair, second = divmod(len(self._with) + len(self._without), 2)
-            self.on = (pair % 2 == 0) != bool(second)
+            self.on = len(self._round) != 2
 
     def begin_prompt(self) -> None:
         """Prompts are not tried: they go by the last verdict on decoding."""
@@ -57,18 +59,22 @@ class PrefetchSwitch:
         if self._rest:
             self._rest -= 1
             return
-        (self._with if self.on else self._without).append(seconds)
-        if len(self._with) == len(self._without):
+        self._round.append(seconds)
+        if len(self._round) == 4:
+            _, before, without, after = self._round
+            self._with.append((before + after) / 2)
+            self._without.append(without)
+            self._round.clear()
             self._judge()
 
     def _judge(self) -> None:
-        """After each whole pair: decide once the difference is clear, or there have been enough."""
-        pairs = len(self._with)
-        if pairs < MIN_PAIRS:
+        """After each round: decide once the difference is clear, or there have been enough."""
+        rounds = len(self._with)
+        if rounds < MIN_ROUNDS:
             return
         lost = [a - b for a, b in zip(self._with, self._without, strict=True)]
-        mean, error = fmean(lost), stdev(lost) / math.sqrt(pairs)
-        if abs(mean) < SIGMAS * error and pairs < MAX_PAIRS:
+        mean, error = fmean(lost), stdev(lost) / math.sqrt(rounds)
+        if abs(mean) < _standard_errors(rounds) * error and rounds < MAX_ROUNDS:
             return
         self.on = self._verdict = mean < 0
         self._rest = KEEP_STEPS if self.on else RETRY_STEPS
@@ -76,7 +82,12 @@ class PrefetchSwitch:
             took, bare = (1000 * fmean(times) for times in (self._with, self._without))
             self._announce(
                 f"prefetching is off: decoding takes {took:.2f} ms a step with it, {bare:.2f} without "
-                f"({pairs} pairs of steps)"
+                f"({rounds} rounds of 4 steps)"
             )
         self._with.clear()
         self._without.clear()
+
+
+def _standard_errors(rounds: int) -> float:
+    """What difference decides: a clear one after few rounds, a doubtful one after many."""
+    return 2.0 + 4.0 * MIN_ROUNDS / rounds if rounds < 4 * MIN_ROUNDS else 2.0

@@ -1,0 +1,271 @@
+"""Where the time and the bytes of a run went, layer by layer, and what prefetching gained or lost in it.
+
+>>> with observe(model.fate) as observation:
+...     model.generate(ids, max_new_tokens=50)
+>>> observation.explain().words
+'prefetching saved about 12.3 ms a token, which took 140 ms, and cost 1.9 ms; 7% of the bytes read were not needed'
+
+What it saved cannot be observed, only estimated from the same run: the time that reads would have taken on demand, of
+what guesses had brought, or were bringing, when their layer asked, less what the layer's computing would have hidden.
+
+- A layer that waited in a step all the same would have waited for these bytes too: bytes / speed of the link.
+- One that did not wait would have waited for what computing does not hide. How much that hides is seen where layers
+  waited: `hidden_s` is how much shorter they waited than their reads took, on average. Where none did, nothing is known
+  of it, and the estimate is the most that was saved.
+
+The speed is that of the reads on demand, over the time at least one was under way. The cost is the time the predictor
+took. A demand that has to wait until a guess steps aside costs too, but is not told apart from other waiting: it is
+left out. Where the engine tried prefetching (`PrefetchSwitch`), its own measurement is the better word, and is among
+the notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fate.core import StepStats
+from fate.runtime.manager import ExpertManager
+from fate.runtime.session import Session
+from fate.trace.timeline import Event, Timeline
+
+MAX_READS = 10_000  # of each phase, for the link's speed: enough for that, and some 2 MB
+
+
+@dataclass(frozen=True)
+class PhaseExplanation:
+    """Prompts, or decoding. stats: of whole forwards. layers: of each MoE layer, whose `total_s` is from routing to sum
+    (early routing and what it predicts come before that). guesses: whether the system prefetches at all.
+
+    link_bytes_per_s: None where nothing was read. hidden_s: of a step's reads on demand, the time in which its layer
+    computed; None where no layer waited. saved_s: by layer, the waiting that guesses for it saved, an estimate (see the
+    module); None: not known.
+    """
+
+    stats: StepStats
+    layers: tuple[StepStats, ...]
+    guesses: bool
+    link_bytes_per_s: float | None
+    hidden_s: float | None
+    saved_s: tuple[float, ...] | None
+
+    @property
+    def all_layers(self) -> StepStats:
+        return sum(self.layers, StepStats())
+
+    @property
+    def outside_s(self) -> float:
+        """Attention, routers, shared experts, dense layers, LM head."""
+        return max(self.stats.total_s - self.all_layers.total_s, 0.0)
+
+    @property
+    def all_saved_s(self) -> float | None:
+        return None if self.saved_s is None else sum(self.saved_s)
+
+    def gain_s(self, layer: int | None = None) -> float | None:
+        """What guesses for a layer saved, less what it took this layer to guess; of all layers (None) likewise. None
+        where nothing was guessed, or what it saved is not known."""
+        stats = self.all_layers if layer is None else self.layers[layer]
+        if self.saved_s is None or not (stats.prefetch_used_bytes or stats.prefetch_bytes or stats.predict_s):
+            return None
+        return (sum(self.saved_s) if layer is None else self.saved_s[layer]) - stats.predict_s
+
+    def coverage(self, stats: StepStats) -> float | None:
+        return stats.coverage if self.guesses and stats.uncached else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Sums over the phase, in seconds and bytes: `core.StepStats` and what follows from it."""
+        return {
+            "tokens": self.stats.tokens,
+            "total_s": self.stats.total_s,
+            "outside_experts_s": self.outside_s,
+            "link_bytes_per_s": self.link_bytes_per_s,
+            "hidden_s": self.hidden_s,
+            "all_layers": {**self._json_of(self.all_layers), "saved_s": self.all_saved_s, "gain_s": self.gain_s()},
+            "layers": [
+                {**self._json_of(stats), "saved_s": self.saved_s and self.saved_s[at], "gain_s": self.gain_s(at)}
+                for at, stats in enumerate(self.layers)
+            ],
+        }
+
+    def _json_of(self, stats: StepStats) -> dict[str, Any]:
+        counters = {name: value for name, value in asdict(stats).items() if name not in ("tokens", "forwards")}
+        return {
+            **counters,
+            "hit_rate": stats.hit_rate if stats.accesses else None,
+            "recall": stats.recall if stats.asked else None,
+            "coverage": self.coverage(stats),
+            "wasted_bytes": wasted_bytes(stats),
+        }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """notes: what the engine decided by measurement meanwhile."""
+
+    prefill: PhaseExplanation
+    decode: PhaseExplanation
+    notes: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        """What prefetching gained or lost, in one line: of decoding, or of the prompt where nothing was decoded."""
+        decoded = self.decode.stats.tokens
+        phase, scale, each = (self.decode, decoded, " a token") if decoded else (self.prefill, 1, "")
+        layers = phase.all_layers
+        took, waited, cost = (
+            format_ms(seconds / scale) for seconds in (phase.stats.total_s, layers.stall_s, layers.predict_s)
+        )
+        if not layers.misses and not layers.prefetch_used_bytes:
+            return f"every expert needed was in memory; computing took {took}{each}"
+        if not phase.guesses:
+            return f"this system does not prefetch: layers waited {waited} of {took}{each} for experts"
+        if not layers.prefetch_bytes and not layers.prefetch_used_bytes:
+            return f"nothing was prefetched: predicting cost {cost}, and layers waited {waited} of {took}{each}"
+        saved = phase.all_saved_s
+        about = "at most" if phase.hidden_s is None else "about"
+        estimate = "an unknown time" if saved is None else f"{about} {format_ms(saved / scale)}"
+        wasted = wasted_bytes(layers) / layers.bytes_moved if layers.bytes_moved else 0.0
+        return (
+            f"prefetching saved {estimate}{each}, which took {took}, and cost {cost}; {wasted:.0%} of the bytes read "
+            "were not needed"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "words": self.words,
+            "notes": list(self.notes),
+            "prefill": self.prefill.to_json(),
+            "decode": self.decode.to_json(),
+        }
+
+
+@contextmanager
+def observe(session: Session) -> Iterator[Observation]:
+    """Watch what `session` does as long as the context is open. Its engine must stay the same meanwhile."""
+    observation = Observation(session)
+    with session.record(observation.watch):
+        yield observation
+
+
+class Observation:
+    """What happened to `session` since; made by `observe`."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._before = session.stats(), session.layer_stats(), len(session.notes)
+        self.watch = _Watch(session.engine.manager)
+
+    def explain(self) -> Explanation:
+        stats_before, layers_before, notes_before = self._before
+        session, watch = self._session, self.watch
+        stats = session.stats() - stats_before
+        layers = [now - before for now, before in zip(session.layer_stats(), layers_before, strict=True)]
+        prompts, decoding = watch.reads[True].events, watch.reads[False].events
+        guesses = session.system.guesses
+        prefill, decode = [layer.prefill for layer in layers], [layer.decode for layer in layers]
+        return Explanation(
+            explain_phase(stats.prefill, prefill, guesses, watch.waits[True], prompts or decoding),
+            explain_phase(stats.decode, decode, guesses, watch.waits[False], decoding or prompts),
+            tuple(session.notes[notes_before:]),
+        )
+
+
+@dataclass
+class LayerWaits:
+    """Steps of one layer, summed: those in which it waited, and those in which it did not, thanks to guesses."""
+
+    waited_steps: int = 0
+    waited_s: float = 0.0
+    waited_demand_bytes: int = 0
+    waited_used_bytes: int = 0
+    calm_steps: int = 0
+    calm_bytes: int = 0
+
+    def add(self, stall_s: float, demand_bytes: int, used_bytes: int) -> None:
+        """One step."""
+        if stall_s:
+            self.waited_steps += 1
+            self.waited_s += stall_s
+            self.waited_demand_bytes += demand_bytes
+            self.waited_used_bytes += used_bytes
+        elif used_bytes:
+            self.calm_steps += 1
+            self.calm_bytes += demand_bytes + used_bytes
+
+
+class _Watch(Timeline):
+    """Of all that happens, what the estimate needs, each phase (prefill or not) apart."""
+
+    def __init__(self, manager: ExpertManager) -> None:
+        super().__init__(max_events=0)
+        num_layers = len(manager.header.layers)
+        self.reads = {prefill: Timeline(MAX_READS) for prefill in (False, True)}
+        self.waits = {prefill: [LayerWaits() for _ in range(num_layers)] for prefill in (False, True)}
+        self._manager = manager
+        self._last = {prefill: [_waiting(s) for s in manager.layer_stats(prefill)] for prefill in (False, True)}
+
+    def add(
+        self, start_s: float, end_s: float, kind: str, layer: int, expert: int | None = None, num_bytes: int = 0
+    ) -> None:
+        prefill = self._manager.prefill
+        if num_bytes:
+            self.reads[prefill].add(start_s, end_s, kind, layer, expert, num_bytes)
+        elif kind == "layer":
+            now, before = _waiting(self._manager.stats[layer]), self._last[prefill][layer]
+            self._last[prefill][layer] = now
+            self.waits[prefill][layer].add(now[0] - before[0], now[1] - before[1], now[2] - before[2])
+
+
+def _waiting(stats: StepStats) -> tuple[float, int, int]:
+    return stats.stall_s, stats.demand_bytes, stats.prefetch_used_bytes
+
+
+def explain_phase(
+    stats: StepStats,
+    layers: Sequence[StepStats],
+    guesses: bool,
+    waits: Sequence[LayerWaits],
+    reads: Sequence[Event],
+) -> PhaseExplanation:
+    """reads: those of the phase, or, where there were none, others over the same link."""
+    speed, hidden_s, saved_s = link_bytes_per_s(reads), None, None
+    if speed is not None:
+        if steps := sum(one.waited_steps for one in waits):
+            read_s = sum(one.waited_demand_bytes for one in waits) / speed
+            hidden_s = max(read_s - sum(one.waited_s for one in waits), 0.0) / steps
+        saved_s = [_saved_s(one, speed, hidden_s or 0.0) for one in waits]
+    elif not any(one.calm_bytes for one in waits):
+        saved_s = [0.0] * len(layers)
+    known = tuple(saved_s) if guesses and saved_s is not None else None
+    return PhaseExplanation(stats, tuple(layers), guesses, speed, hidden_s, known)
+
+
+def _saved_s(waits: LayerWaits, link_bytes_per_s: float, hidden_s: float) -> float:
+    unhidden_s = waits.calm_bytes / link_bytes_per_s - waits.calm_steps * hidden_s
+    return waits.waited_used_bytes / link_bytes_per_s + max(unhidden_s, 0.0)
+
+
+def format_ms(seconds: float) -> str:
+    """>>> format_ms(0.0123), format_ms(0.140)
+    ('12.3 ms', '140 ms')
+    """
+    ms = 1000 * seconds
+    return f"{ms:.{2 if abs(ms) < 10 else 1 if abs(ms) < 100 else 0}f} ms"
+
+
+def wasted_bytes(stats: StepStats) -> int:
+    """Guessed bytes that no layer used; what one phase reads and the next uses would count as less than none."""
+    return max(stats.wasted_bytes, 0)
+
+
+def link_bytes_per_s(reads: Sequence[Event]) -> float | None:
+    """Bytes of reads on demand (of guesses, where there are none) over the time at least one was under way."""
+    chosen = [read for read in reads if read.kind == "demand"] or list(reads)
+    busy, until = 0.0, float("-inf")
+    for read in sorted(chosen, key=lambda read: read.start_s):
+        busy += max(read.end_s - max(read.start_s, until), 0.0)
+        until = max(until, read.end_s)
+    return sum(read.num_bytes for read in chosen) / busy if busy else None

@@ -1,0 +1,40 @@
+"""Early routing: which blocks get it, that it changes nothing, and that the model's own routing counts."""
+
+import pytest
+import torch
+
+import fate
+from fate.runtime.backend import LayerRuntime
+from runtime_support import stepwise_logits
+from tiny import tiny_store
+
+EARLY = fate.System("early", predictor="none", early_routing=True)
+LATE = fate.System("late", predictor="none")
+
+
+@pytest.mark.parametrize("family, early", [("qwen2_moe", True), ("deepseek_v3", False), ("mixtral", False)])
+def test_where_the_shared_expert_comes_before_the_router(family, early, prompt, monkeypatch):
+    begun = []
+    real = LayerRuntime.begin_early
+    monkeypatch.setattr(LayerRuntime, "begin_early", lambda self, *args: (begun.append(1), real(self, *args)))
+    ids = prompt % 250
+    with fate.load(tiny_store(family), experts="60%", system=LATE) as model:
+        expected = stepwise_logits(model, ids)
+        late = model.fate.stats().total
+    assert not begun
+    with fate.load(tiny_store(family), experts="60%", system=EARLY) as model:
+        assert torch.equal(stepwise_logits(model, ids), expected)
+        assert model.fate.stats().total.hits == late.hits
+    assert bool(begun) == early
+
+
+def test_a_router_that_says_something_else_the_second_time(prompt, monkeypatch):
+    """The early word is dropped, what the model routes is computed."""
+    ids = prompt % 250
+    with fate.load(tiny_store("qwen2_moe"), experts="60%", system=LATE) as model:
+        expected = stepwise_logits(model, ids)
+    real = LayerRuntime.begin_early
+    monkeypatch.setattr(LayerRuntime, "begin_early", lambda self, x, index, w: real(self, x, (index + 1) % 8, w))
+    with fate.load(tiny_store("qwen2_moe"), experts="60%", system=EARLY) as model:
+        assert torch.equal(stepwise_logits(model, ids), expected)
+        assert not model.fate.engine.manager.cache.pinned

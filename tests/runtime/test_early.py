@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fate
+from fate.errors import ClosedError
 from fate.runtime.backend import LayerRuntime
 from runtime_support import stepwise_logits
 from tiny import tiny_store
@@ -38,3 +39,13 @@ def test_a_router_that_says_something_else_the_second_time(prompt, monkeypatch):
     with fate.load(tiny_store("qwen2_moe"), experts="60%", system=EARLY) as model:
         assert torch.equal(stepwise_logits(model, ids), expected)
         assert not model.fate.engine.manager.cache.pinned
+
+
+def test_closed_between_the_early_word_and_the_experts(prompt, monkeypatch):
+    """The slots are gone by then: an error, never other bits."""
+    real = LayerRuntime.begin_early
+    with fate.load(tiny_store("qwen2_moe"), experts="60%", system=EARLY) as model:
+        stepwise_logits(model, prompt % 250)
+        monkeypatch.setattr(LayerRuntime, "begin_early", lambda self, *args: (real(self, *args), model.fate.close()))
+        with pytest.raises(ClosedError):
+            model(prompt % 250)

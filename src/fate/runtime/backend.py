@@ -81,7 +81,7 @@ class LayerRuntime:
         early, self._early = self._early, None
         gate_input, self._gate_input = self._gate_input, None
         if early is not None:
-            if early is self.manager.lease and early.routing.pairs_per_expert == work.pairs_per_expert:
+            if self.manager.still_open(early) and early.routing.pairs_per_expert == work.pairs_per_expert:
                 return early
             self.manager.end(early)
         lease = self.manager.begin(self._routing(work.pairs_per_expert, work.x.shape[0]))

@@ -108,6 +108,12 @@ class ExpertManager:
         lease.open()
         return lease
 
+    def still_open(self, lease: Lease) -> bool:
+        """Whether a lease that was opened some time ago holds what it held; raises ClosedError."""
+        if self._closed:
+            raise ClosedError()
+        return self.lease is lease
+
     def end(self, lease: Lease) -> None:
         """The lease ended well, or is given up: what it demanded lands in the cache all the same."""
         if self.lease is lease:

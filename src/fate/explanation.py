@@ -14,13 +14,13 @@ what guesses had brought, or were bringing, when their layer asked, less what th
   of it, and the estimate is the most that was saved.
 
 The speed is that of the reads on demand, over the time at least one was under way. The cost is the time the predictor
-took. A demand that has to wait until a guess steps aside costs too, but is not told apart from other waiting: it is
-left out. Where the engine tried prefetching (`PrefetchSwitch`), its own measurement is the better word, and is among
-the notes.
+took, and the time layers waited while the link still carried a guess that was not for them. Where the engine tried
+prefetching (`PrefetchSwitch`), its own measurement is the better word, and is among the notes.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -41,7 +41,7 @@ class PhaseExplanation:
 
     link_bytes_per_s: None where nothing was read. hidden_s: of a step's reads on demand, the time in which its layer
     computed; None where no layer waited. saved_s: by layer, the waiting that guesses for it saved, an estimate (see the
-    module); None: not known.
+    module); None: not known. delayed_s: by layer, how long it waited while a guess that it did not need was read.
     """
 
     stats: StepStats
@@ -50,6 +50,7 @@ class PhaseExplanation:
     link_bytes_per_s: float | None
     hidden_s: float | None
     saved_s: tuple[float, ...] | None
+    delayed_s: tuple[float, ...]
 
     @property
     def all_layers(self) -> StepStats:
@@ -64,13 +65,17 @@ class PhaseExplanation:
     def all_saved_s(self) -> float | None:
         return None if self.saved_s is None else sum(self.saved_s)
 
+    def cost_s(self, layer: int | None = None) -> float:
+        """Of one layer, or of all: predicting, and waiting for a guess to step aside."""
+        return self._stats(layer).predict_s + (sum(self.delayed_s) if layer is None else self.delayed_s[layer])
+
     def gain_s(self, layer: int | None = None) -> float | None:
-        """What guesses for a layer saved, less what it took this layer to guess; of all layers (None) likewise. None
-        where nothing was guessed, or what it saved is not known."""
-        stats = self.all_layers if layer is None else self.layers[layer]
+        """What guesses for one layer saved, or for all, less the cost. None where nothing was guessed, or what it saved
+        is not known."""
+        stats = self._stats(layer)
         if self.saved_s is None or not (stats.prefetch_used_bytes or stats.prefetch_bytes or stats.predict_s):
             return None
-        return (sum(self.saved_s) if layer is None else self.saved_s[layer]) - stats.predict_s
+        return (sum(self.saved_s) if layer is None else self.saved_s[layer]) - self.cost_s(layer)
 
     def coverage(self, stats: StepStats) -> float | None:
         return stats.coverage if self.guesses and stats.uncached else None
@@ -83,14 +88,12 @@ class PhaseExplanation:
             "outside_experts_s": self.outside_s,
             "link_bytes_per_s": self.link_bytes_per_s,
             "hidden_s": self.hidden_s,
-            "all_layers": {**self._json_of(self.all_layers), "saved_s": self.all_saved_s, "gain_s": self.gain_s()},
-            "layers": [
-                {**self._json_of(stats), "saved_s": self.saved_s and self.saved_s[at], "gain_s": self.gain_s(at)}
-                for at, stats in enumerate(self.layers)
-            ],
+            "all_layers": self._json_of(None),
+            "layers": [self._json_of(layer) for layer in range(len(self.layers))],
         }
 
-    def _json_of(self, stats: StepStats) -> dict[str, Any]:
+    def _json_of(self, layer: int | None) -> dict[str, Any]:
+        stats = self._stats(layer)
         counters = {name: value for name, value in asdict(stats).items() if name not in ("tokens", "forwards")}
         return {
             **counters,
@@ -98,7 +101,13 @@ class PhaseExplanation:
             "recall": stats.recall if stats.asked else None,
             "coverage": self.coverage(stats),
             "wasted_bytes": wasted_bytes(stats),
+            "saved_s": self.all_saved_s if self.saved_s is None or layer is None else self.saved_s[layer],
+            "delayed_s": sum(self.delayed_s) if layer is None else self.delayed_s[layer],
+            "gain_s": self.gain_s(layer),
         }
+
+    def _stats(self, layer: int | None) -> StepStats:
+        return self.all_layers if layer is None else self.layers[layer]
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Explanation:
         phase, scale, each = (self.decode, decoded, " a token") if decoded else (self.prefill, 1, "")
         layers = phase.all_layers
         took, waited, cost = (
-            format_ms(seconds / scale) for seconds in (phase.stats.total_s, layers.stall_s, layers.predict_s)
+            format_ms(seconds / scale) for seconds in (phase.stats.total_s, layers.stall_s, phase.cost_s())
         )
         if not layers.misses and not layers.prefetch_used_bytes:
             return f"every expert needed was in memory; computing took {took}{each}"
@@ -175,7 +184,10 @@ class Observation:
 
 @dataclass
 class LayerWaits:
-    """Steps of one layer, summed: those in which it waited, and those in which it did not, thanks to guesses."""
+    """Steps of one layer, summed: those in which it waited, and those in which it did not, thanks to guesses.
+
+    delayed_s: how long it waited while a guess that it did not need was read.
+    """
 
     waited_steps: int = 0
     waited_s: float = 0.0
@@ -183,6 +195,7 @@ class LayerWaits:
     waited_used_bytes: int = 0
     calm_steps: int = 0
     calm_bytes: int = 0
+    delayed_s: float = 0.0
 
     def add(self, stall_s: float, demand_bytes: int, used_bytes: int) -> None:
         """One step."""
@@ -205,6 +218,7 @@ class _Watch(Timeline):
         self.reads = {prefill: Timeline(MAX_READS) for prefill in (False, True)}
         self.waits = {prefill: [LayerWaits() for _ in range(num_layers)] for prefill in (False, True)}
         self._manager = manager
+        self._guesses: deque[Event] = deque(maxlen=8)  # the last that were read
         self._last = {prefill: [_waiting(s) for s in manager.layer_stats(prefill)] for prefill in (False, True)}
 
     def add(
@@ -213,10 +227,22 @@ class _Watch(Timeline):
         prefill = self._manager.prefill
         if num_bytes:
             self.reads[prefill].add(start_s, end_s, kind, layer, expert, num_bytes)
+            if kind == "prefetch":
+                self._guesses.append(Event(start_s, end_s, kind, layer, expert, num_bytes))
+        elif kind == "stall":
+            self.waits[prefill][layer].delayed_s += self._delay(start_s, end_s)
         elif kind == "layer":
             now, before = _waiting(self._manager.stats[layer]), self._last[prefill][layer]
             self._last[prefill][layer] = now
             self.waits[prefill][layer].add(now[0] - before[0], now[1] - before[1], now[2] - before[2])
+
+    def _delay(self, start_s: float, end_s: float) -> float:
+        """How long of this wait a guess was read that the waiting layer did not need; one read at a time is a guess."""
+        lease = self._manager.lease
+        assert lease is not None, "a layer waits inside its lease"
+        layer, needed = lease.routing.layer, lease.routing.pairs_per_expert
+        others = [read for read in list(self._guesses) if read.layer != layer or read.expert not in needed]
+        return sum(max(min(read.end_s, end_s) - max(read.start_s, start_s), 0.0) for read in others)
 
 
 def _waiting(stats: StepStats) -> tuple[float, int, int]:
@@ -240,7 +266,8 @@ def explain_phase(
     elif not any(one.calm_bytes for one in waits):
         saved_s = [0.0] * len(layers)
     known = tuple(saved_s) if guesses and saved_s is not None else None
-    return PhaseExplanation(stats, tuple(layers), guesses, speed, hidden_s, known)
+    delayed_s = tuple(one.delayed_s for one in waits)
+    return PhaseExplanation(stats, tuple(layers), guesses, speed, hidden_s, known, delayed_s)
 
 
 def _saved_s(waits: LayerWaits, link_bytes_per_s: float, hidden_s: float) -> float:

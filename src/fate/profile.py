@@ -252,6 +252,7 @@ def _replace(path: Path, text: str) -> Path:
         try:
             file.write(text)
             file.close()
+            os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)

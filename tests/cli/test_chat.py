@@ -85,7 +85,8 @@ def test_a_conversation_is_the_template_over_all_that_was_said(
     chat: Chat, store: Path, system_prompt: str | None
 ) -> None:
     messages = ["Hello", "And then?", "Why"]
-    options = ("-q", *(("--system-prompt", system_prompt) if system_prompt else ()))
+    quiet = ("-q", "--system", "load-on-demand")  # which has nothing to decide, and so to say
+    options = (*quiet, *(("--system-prompt", system_prompt) if system_prompt else ()))
     result = chat(*messages, "", options=options)
     assert (result.code, result.err) == (0, "")
     assert result.out == by_hand(store, messages, system_prompt)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -72,7 +71,7 @@ def test_it_is_in_the_json_even_where_it_is_not_printed(cli: Cli) -> None:
 
 
 @pytest.fixture
-def switched_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefetching is found to lose in the third step."""
 
     class Loses(PrefetchSwitch):
@@ -84,7 +83,6 @@ def switched_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 self._announce("prefetching is off: it lost")
 
     monkeypatch.setattr(assembly, "PrefetchSwitch", Loses)
-    yield
 
 
 @pytest.mark.usefixtures("switched_off")

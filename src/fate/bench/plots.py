@@ -86,7 +86,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
     return path
 
 

@@ -52,6 +52,11 @@ class LayerRuntime:
         if self._gate is not None:
             self._gate_input = self._gate.record(args, kwargs)
 
+    @property
+    def expects_misses(self) -> bool:
+        """Whether asking the router early may pay; like guessing, it is given up where measurement shows a loss."""
+        return self._switch.on and self.manager.incomplete(self.index)
+
     def begin_early(self, gate_input: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         """The router's word before the model itself asks for it: demand what is missing now (see `early.py`)."""
         pairs = _Work(gate_input, index, weights, self._num_experts).pairs_per_expert

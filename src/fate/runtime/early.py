@@ -40,7 +40,7 @@ class EarlyRouter:
             self._pays = False
         elif self._pays is None:
             self._given, self._others_first = given, False
-        elif self._pays and self.enabled and self._runtime.manager.incomplete(self._runtime.index):
+        elif self._pays and self.enabled and self._runtime.expects_misses:
             routed = self._gate.route(given)
             if routed is not None:
                 self._runtime.begin_early(given.reshape(-1, given.shape[-1]), *routed)

@@ -194,7 +194,8 @@ class LayerWaits:
     waited_demand_bytes: int = 0
     waited_used_bytes: int = 0
     calm_steps: int = 0
-    calm_bytes: int = 0
+    calm_demand_bytes: int = 0
+    calm_used_bytes: int = 0
     delayed_s: float = 0.0
 
     def add(self, stall_s: float, demand_bytes: int, used_bytes: int) -> None:
@@ -206,7 +207,8 @@ class LayerWaits:
             self.waited_used_bytes += used_bytes
         elif used_bytes:
             self.calm_steps += 1
-            self.calm_bytes += demand_bytes + used_bytes
+            self.calm_demand_bytes += demand_bytes
+            self.calm_used_bytes += used_bytes
 
 
 class _Watch(Timeline):
@@ -263,7 +265,7 @@ def explain_phase(
             read_s = sum(one.waited_demand_bytes for one in waits) / speed
             hidden_s = max(read_s - sum(one.waited_s for one in waits), 0.0) / steps
         saved_s = [_saved_s(one, speed, hidden_s or 0.0) for one in waits]
-    elif not any(one.calm_bytes for one in waits):
+    elif not any(one.calm_used_bytes for one in waits):
         saved_s = [0.0] * len(layers)
     known = tuple(saved_s) if guesses and saved_s is not None else None
     delayed_s = tuple(one.delayed_s for one in waits)
@@ -271,8 +273,11 @@ def explain_phase(
 
 
 def _saved_s(waits: LayerWaits, link_bytes_per_s: float, hidden_s: float) -> float:
-    unhidden_s = waits.calm_bytes / link_bytes_per_s - waits.calm_steps * hidden_s
-    return waits.waited_used_bytes / link_bytes_per_s + max(unhidden_s, 0.0)
+    """Never more than the time the link took for what was guessed and used: what computing hides of a layer's reads is
+    taken off its demands first."""
+    left_s = max(waits.calm_steps * hidden_s - waits.calm_demand_bytes / link_bytes_per_s, 0.0)
+    unhidden_s = max(waits.calm_used_bytes / link_bytes_per_s - left_s, 0.0)
+    return waits.waited_used_bytes / link_bytes_per_s + unhidden_s
 
 
 def format_ms(seconds: float) -> str:

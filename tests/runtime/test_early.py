@@ -35,7 +35,9 @@ def test_a_router_that_says_something_else_the_second_time(prompt, monkeypatch):
     with fate.load(tiny_store("qwen2_moe"), experts="60%", system=LATE) as model:
         expected = stepwise_logits(model, ids)
     real = LayerRuntime.begin_early
-    monkeypatch.setattr(LayerRuntime, "begin_early", lambda self, x, index, w: real(self, x, (index + 1) % 8, w))
+    monkeypatch.setattr(
+        LayerRuntime, "begin_early", lambda self, x, pairs: real(self, x, {(e + 1) % 8: n for e, n in pairs.items()})
+    )
     with fate.load(tiny_store("qwen2_moe"), experts="60%", system=EARLY) as model:
         assert torch.equal(stepwise_logits(model, ids), expected)
         assert not model.fate.engine.manager.cache.pinned

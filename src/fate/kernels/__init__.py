@@ -20,11 +20,20 @@ import torch
 from torch import Tensor
 
 from fate.core import Precision
-from fate.kernels import native, raw, reference
+from fate.kernels import native, raw, reference, threads
 from fate.kernels.native import DTYPE_CODES, KernelInfo, active
 from fate.store.format import RecordLayout
 
-__all__ = ["KernelInfo", "active", "experts_swiglu", "gather_rows", "linear", "reduce_rows"]
+__all__ = [
+    "KernelInfo",
+    "active",
+    "attend",
+    "can_attend",
+    "experts_swiglu",
+    "gather_rows",
+    "linear",
+    "reduce_rows",
+]
 
 
 def linear(
@@ -63,7 +72,7 @@ def linear(
         x.shape[0],
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads.count(),
     )
     return out
 
@@ -116,7 +125,7 @@ def experts_swiglu(
         x.shape[0],
         rows.data_ptr(),
         rows.shape[1],
-        torch.get_num_threads(),
+        threads.count(),
     )
     return None
 
@@ -145,7 +154,7 @@ def reduce_rows(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
         hidden,
         DTYPE_CODES[dtype],
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads.count(),
     )
     return out
 
@@ -170,7 +179,47 @@ def gather_rows(packed: Tensor, layout: RecordLayout, index: int, ids: Tensor, d
         ids.shape[0],
         _dtype_code(dtype),
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads.count(),
+    )
+    return out
+
+
+def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend` takes these tensors: on the CPU, all of one dtype, heads contiguous, and kernels compiled."""
+    return (
+        native.extension() is not None
+        and query.dtype in DTYPE_CODES
+        and query.dtype == key.dtype == value.dtype
+        and query.device.type == key.device.type == value.device.type == "cpu"
+        and key.stride(-1) == value.stride(-1) == 1
+        and key.shape[2] == value.shape[2] > 0
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(scale * query key^T) value of one new token, in float32 and rounded once at the end.
+
+    query: [batch, heads, 1, dim]. key, value: [batch, kv heads, positions, dim (value's may differ)] in any strides
+    but the last; heads is a multiple of kv heads. Only what `can_attend`. Returns [batch, 1, heads, value dim].
+    """
+    batch, heads, tokens, key_dim = query.shape
+    kv_heads, length, value_dim = value.shape[1:]
+    if tokens != 1 or key.shape != (batch, kv_heads, length, key_dim) or value.shape[0] != batch:
+        raise ValueError(f"one token over a cache, not {tuple(query.shape)} over {tuple(key.shape)}")
+    query = query.contiguous()
+    out = torch.empty(batch, 1, heads, value_dim, dtype=query.dtype)
+    native.extension().attend(
+        query.data_ptr(),
+        key.data_ptr(),
+        key.stride()[:3],
+        value.data_ptr(),
+        value.stride()[:3],
+        DTYPE_CODES[query.dtype],
+        (batch, heads, kv_heads, length),
+        (key_dim, value_dim),
+        scale,
+        out.data_ptr(),
+        threads.count(),
     )
     return out
 

@@ -9,9 +9,10 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-import torch  # before the extension: both then share torch's copy of libgomp, hence one thread pool
+import torch
 
 from fate.errors import UnknownNameError
+from fate.kernels import threads
 from fate.store.format import RecordLayout
 
 try:
@@ -41,15 +42,15 @@ class KernelInfo:
 
 def active() -> KernelInfo:
     """The kernels that quantized codecs run on now; raw codecs always use torch's matrix products."""
-    threads = torch.get_num_threads()
+    num_threads = threads.count()
     if _extension is None:
-        return KernelInfo("torch", threads, _missing or "chosen: dequantize, then torch's matrix product")
+        return KernelInfo("torch", num_threads, _missing or "chosen: dequantize, then torch's matrix product")
     name = _extension.kernel_name()
     if name == "portable":
         detail = f"plain C++ on {platform.machine()}, activations in int8"
     else:
         detail = "AVX-512 with VNNI, activations in int8"
-    return KernelInfo(name, threads, detail)
+    return KernelInfo(name, num_threads, detail)
 
 
 def available() -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class RouterGate:
         self._seen: tuple[int, tuple[Any, ...], dict[str, Any]] | None = None
         self._broken = False
         self._matrix: torch.Tensor | None = None  # known when weights are loaded
-        self._checks = self._agreed = 0
+        self._checks = self._agreed = self._top_k = 0
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Remember how the model calls this router; returns the gate input."""
@@ -51,6 +51,14 @@ class RouterGate:
         _, weights, indices = answer
         top_k = indices.shape[-1]
         return indices.reshape(-1, top_k), weights.reshape(-1, top_k)
+
+    def chosen(self, gate_input: torch.Tensor) -> list[int] | None:
+        """The experts of one token, ascending; None where the quick way is not known to agree with the router. What
+        the router itself says may still differ by a near tie."""
+        if self._checks < QUICK_CHECKS or gate_input.numel() != gate_input.shape[-1]:
+            return None
+        quick = self._quick(gate_input, self._top_k)
+        return None if quick is None else sorted(expert for expert, _ in quick)
 
     def rank(self, gate_input: torch.Tensor, limit: int) -> Ranked | None:
         """See `predict.base.Gate`; gate_input [..., hidden]."""
@@ -84,6 +92,7 @@ class RouterGate:
             return
         ours, theirs = ({expert for expert, _ in ranked[:top_k]} for ranked in (quick, candidates))
         self._checks += 1
+        self._top_k = top_k
         self._agreed += len(ours & theirs)
         if self._checks == QUICK_CHECKS and self._agreed < QUICK_AGREEMENT * QUICK_CHECKS * top_k:
             self._matrix = None

@@ -20,6 +20,7 @@ from fate.memory import (
     parse_experts,
     parse_memory,
 )
+from fate.models import attention
 from fate.models.adapter import MoELayer
 from fate.models.routers import RouterGate
 from fate.precision import PRECISIONS
@@ -90,6 +91,7 @@ class Assembly:
                 layer.router.register_forward_hook(runtime.on_router, with_kwargs=True)
                 self._early.append(EarlyRouter(layer, gate, runtime))
             self._runtimes.append(runtime)
+        attention.adopt(model)
         attach(model, Session(self, self.build(system, plan, link), link))
 
     def build(self, system: System, plan: MemoryPlan, link: float | None) -> Engine:

@@ -57,9 +57,9 @@ class LayerRuntime:
         """Whether asking the router early may pay; like guessing, it is given up where measurement shows a loss."""
         return self._switch.on and self.manager.incomplete(self.index)
 
-    def begin_early(self, gate_input: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        """The router's word before the model itself asks for it: demand what is missing now (see `early.py`)."""
-        pairs = _Work(gate_input, index, weights, self._num_experts).pairs_per_expert
+    def begin_early(self, gate_input: torch.Tensor, pairs: dict[int, int]) -> None:
+        """The router's word (pairs of each expert) before the model itself asks for it: demand what is missing now
+        (see `early.py`)."""
         with self.manager.lock:
             self._early = self.manager.begin(self._routing(pairs, gate_input.shape[0]))
             self._predict(self._early.routing, gate_input)
@@ -68,7 +68,7 @@ class LayerRuntime:
         """x [tokens, hidden], indices and weights [tokens, rank] -> [tokens, hidden]."""
         start = time.perf_counter()
         x = x.contiguous()
-        work = _Work(x, top_k_index, top_k_weights, self._num_experts)
+        work = (_OneToken if x.shape[0] == 1 else _Work)(x, top_k_index, top_k_weights, self._num_experts)
         manager = self.manager
         with manager.lock, self._lease(work) as lease:
             for group in lease:
@@ -177,6 +177,38 @@ class _Work:
             pieces.append(self._pairs[start:end])
             bounds.append(bounds[-1] + end - start)
         return bounds, pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
+
+
+class _OneToken(_Work):
+    """The same for the one token of a decoding step, without a dozen torch operations on four numbers."""
+
+    def __init__(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> None:
+        self.x = x
+        self.rows = torch.empty(*index.shape, x.shape[-1], dtype=torch.float32)
+        experts, given = index[0].tolist(), weights[0].tolist()
+        self._ranks: dict[int, list[int]] = {}
+        for rank, (expert, weight) in enumerate(zip(experts, given, strict=True)):
+            if weight and expert < num_experts:
+                self._ranks.setdefault(expert, []).append(rank)
+        self.weights = (
+            weights
+            if all(expert < num_experts for expert in experts)
+            else (weights.masked_fill(index >= num_experts, 0))
+        )
+        ordered = sorted(self._ranks, key=lambda expert: (-len(self._ranks[expert]), expert))
+        self.pairs_per_expert = {expert: len(self._ranks[expert]) for expert in ordered}
+
+    def pairs(self, experts: list[int]) -> tuple[list[int], torch.Tensor]:
+        bounds, pairs = [0], []
+        for expert in experts:
+            pairs += [(0, rank) for rank in self._ranks[expert]]
+            bounds.append(len(pairs))
+        return bounds, torch.tensor(pairs, dtype=torch.int32)
+
+
+def pairs_per_expert(index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> dict[int, int]:
+    """Of indices and weights [tokens, rank]: pairs of each expert, the most popular first, as `Routing` wants them."""
+    return _Work(weights[:, :0], index, weights, num_experts).pairs_per_expert
 
 
 def experts_forward(

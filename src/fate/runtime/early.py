@@ -14,7 +14,7 @@ import torch
 
 from fate.models.adapter import MoELayer
 from fate.models.routers import RouterGate
-from fate.runtime.backend import LayerRuntime
+from fate.runtime.backend import LayerRuntime, pairs_per_expert
 
 
 class EarlyRouter:
@@ -24,6 +24,7 @@ class EarlyRouter:
         self.enabled = False
         self._gate = gate
         self._runtime = runtime
+        self._num_experts = layer.num_experts
         self._pays: bool | None = None  # unknown until the block has been watched once
         self._given: torch.Tensor | None = None
         self._others_first = False
@@ -41,9 +42,15 @@ class EarlyRouter:
         elif self._pays is None:
             self._given, self._others_first = given, False
         elif self._pays and self.enabled and self._runtime.expects_misses:
-            routed = self._gate.route(given)
-            if routed is not None:
-                self._runtime.begin_early(given.reshape(-1, given.shape[-1]), *routed)
+            pairs = self._pairs(given)
+            if pairs is not None:
+                self._runtime.begin_early(given.reshape(-1, given.shape[-1]), pairs)
+
+    def _pairs(self, given: torch.Tensor) -> dict[int, int] | None:
+        if (chosen := self._gate.chosen(given)) is not None:
+            return dict.fromkeys(chosen, 1)
+        routed = self._gate.route(given)
+        return pairs_per_expert(*routed, self._num_experts) if routed is not None else None
 
     def _on_other(self, module: Any, args: tuple[Any, ...]) -> None:
         self._others_first = True

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from fate.core import Envelope, StepStats
 from fate.errors import ClosedError, ProfileMissingError, UsageError
+from fate.kernels import threads
 from fate.memory import MemoryPlan, make_plan, parse_experts, parse_memory
 from fate.profile import Profile
 from fate.runtime.engine import Engine
@@ -208,6 +209,8 @@ class Session:
             engine.switch.begin_prompt()
         else:
             engine.switch.begin_step()
+        threads.begin()
+        self._step.torch_alone = True
         self._step.account = (prefill, batch * tokens, time.perf_counter())
 
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -220,6 +223,12 @@ class Session:
         if not prefill:
             self.engine.switch.end_step(seconds)
         self._phases[prefill] += StepStats(tokens=tokens, forwards=1, total_s=seconds)
+
+    def release_threads(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the model, called however the forward ends."""
+        if getattr(self._step, "torch_alone", False):
+            self._step.torch_alone = False
+            threads.end()
 
     def _total(self, prefill: bool) -> StepStats:
         layers = sum(self.engine.manager.layer_stats(prefill), StepStats())
@@ -274,3 +283,4 @@ def attach(model: PreTrainedModel, session: Session) -> None:
     object.__setattr__(model, "hf_device_map", {"": "cpu"})  # a pipeline must not move it to an accelerator
     model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
     model.register_forward_hook(session.after_forward, with_kwargs=True)
+    model.register_forward_hook(session.release_threads, always_call=True)

@@ -47,6 +47,19 @@ def reduce_rows(
 def gather_rows(
     record: Record, index: int, packed: int, ids: int, count: int, dtype: int, out: int, threads: int
 ) -> None: ...
+def attend(
+    q: int,
+    keys: int,
+    key_strides: tuple[int, int, int],
+    values: int,
+    value_strides: tuple[int, int, int],
+    dtype: int,
+    shape: tuple[int, int, int, int],
+    dims: tuple[int, int],
+    scale: float,
+    out: int,
+    threads: int,
+) -> None: ...
 def quantize_matrix(
     weights: int,
     dtype: int,

@@ -1,7 +1,7 @@
 // The SwiGLU experts of one layer: a list of experts in one or few parallel regions.
 //
 // Experts are taken in passes of at most kMaxPairs pairs, which bounds the scratch; an expert with more pairs is cut.
-// A pass has up to five steps, each shared over all threads and ended by a barrier:
+// A pass has up to five steps, each shared over all threads:
 //   interleave tokens (experts with many) | gate and up -> inter = silu(gate) * up | quantize inter | down -> rows
 #include <vector>
 
@@ -13,6 +13,7 @@ namespace fate {
 namespace {
 
 constexpr int kMaxPairs = 512;
+constexpr int kFewPairs = 8;  // quantized sooner than a helper comes
 
 // A run of pairs of one expert within a pass. `first` and `first_block` count from the start of the pass.
 struct Segment {
@@ -82,34 +83,29 @@ class Pass {
                Scratch::rounded(static_cast<int64_t>(pairs) * inner * sizeof(float));
     }
 
-    // Called by every thread of a team.
-    void run(const std::vector<Item>& up_items, const std::vector<Item>& down_items) const {
-        const int up_count = static_cast<int>(up_items.size()), down_count = static_cast<int>(down_items.size());
-        float* tile = reinterpret_cast<float*>(threads_memory_ + thread_index() * bytes_per_thread_);
-        if (plan_.blocks > 0) interleave_all(x_rows_, x_blocks_);
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < up_count; ++i) gate_up(up_items[i], tile);
-#pragma omp for schedule(static)
-        for (int p = 0; p < plan_.pairs; ++p) {
-            quantize_row(inter_ + static_cast<int64_t>(p) * inner_, inner_, inter_quantized_, p);
-        }
-        if (plan_.blocks > 0) interleave_all(inter_rows_, inter_blocks_);
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < down_count; ++i) down(down_items[i], tile);
+    void run(const std::vector<Item>& up_items, const std::vector<Item>& down_items, int threads) const {
+        const auto tile = [this](int thread) {
+            return reinterpret_cast<float*>(threads_memory_ + thread * bytes_per_thread_);
+        };
+        if (plan_.blocks > 0) interleave_all(x_rows_, x_blocks_, threads);
+        parallel_for(up_items.size(), threads, [&](int64_t i, int thread) { gate_up(up_items[i], tile(thread)); });
+        parallel_for(plan_.pairs, plan_.pairs > kFewPairs ? threads : 1, [&](int64_t p, int) {
+            quantize_row(inter_ + p * inner_, inner_, inter_quantized_, p);
+        });
+        if (plan_.blocks > 0) interleave_all(inter_rows_, inter_blocks_, threads);
+        parallel_for(down_items.size(), threads, [&](int64_t i, int thread) { down(down_items[i], tile(thread)); });
     }
 
   private:
-    void interleave_all(const TokenRow* rows, const TokenBlocks& blocks) const {
-        const int count = static_cast<int>(plan_.segments.size());
-#pragma omp for schedule(dynamic, 1)
-        for (int s = 0; s < count; ++s) {
+    void interleave_all(const TokenRow* rows, const TokenBlocks& blocks, int threads) const {
+        parallel_for(plan_.segments.size(), threads, [&](int64_t s, int) {
             const Segment& segment = plan_.segments[s];
             for (int b = 0; b < segment.blocks; ++b) {
                 const int first = b * kBlockTokens;
                 interleave(rows + segment.first + first, std::min(segment.pairs - first, kBlockTokens), blocks,
                            segment.first_block + b);
             }
-        }
+        });
     }
 
     static Tokens tokens_of(const Segment& segment, const TokenRow* rows, const TokenBlocks& blocks) {
@@ -206,20 +202,14 @@ void experts_swiglu(const ExpertsCall& call, const ExpertWork* experts, int coun
     Scratch& scratch = Scratch::reserve(rows_bytes(call.tokens, gate_up.groups) + threads * per_thread + pass_bytes);
     const TokenRows x = take_rows(scratch, call.tokens, gate_up.groups);
     char* threads_memory = scratch.take<char>(threads * per_thread);
-    const bool alone = threads == 1 || call.tokens <= 2;
-#pragma omp parallel for schedule(static) num_threads(threads) if (!alone)
-    for (int64_t t = 0; t < call.tokens; ++t) {
-        float* floats = reinterpret_cast<float*>(threads_memory + thread_index() * per_thread);
-        quantize_token(call, gate_up.cols, t, floats, x);
-    }
+    parallel_for(call.tokens, call.tokens > 2 ? threads : 1, [&](int64_t token, int thread) {
+        quantize_token(call, gate_up.cols, token, reinterpret_cast<float*>(threads_memory + thread * per_thread), x);
+    });
     const int64_t mark = scratch.used();
     for (const PassPlan& plan : passes) {
         scratch.rewind(mark);
         const Pass pass(call, x, plan, threads_memory, per_thread, scratch);
-        const std::vector<Item> up_items = make_items(plan.segments, down.cols, threads);
-        const std::vector<Item> down_items = make_items(plan.segments, down.rows, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        pass.run(up_items, down_items);
+        pass.run(make_items(plan.segments, down.cols, threads), make_items(plan.segments, down.rows, threads), threads);
     }
 }
 

@@ -69,30 +69,22 @@ struct LinearPass {
         const int row_items = (matrix.rows + per_item - 1) / per_item;
         const int token_items = (tokens + kTileTokens - 1) / kTileTokens;
         for (int t = 0; t < tokens; ++t) scratch.rows[t] = scratch.quantized.row(t);
-        if (tokens == 1) quantize(scratch, 0, scratch.floats);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        {
-            float* floats = scratch.floats + thread_index() * scratch.floats_each;
-            char* kernel_scratch = scratch.kernel + thread_index() * scratch.kernel_bytes;
-            if (tokens > 1) {
-#pragma omp for schedule(static)
-                for (int t = 0; t < tokens; ++t) quantize(scratch, t, floats);
-            }
-            if (blocked) {
-#pragma omp for schedule(static)
-                for (int b = 0; b < num_blocks; ++b) {
-                    const int first = b * kBlockTokens;
-                    interleave(scratch.rows + first, std::min(tokens - first, kBlockTokens), scratch.blocks, b);
-                }
-            }
-#pragma omp for schedule(dynamic, 1) nowait
-            for (int item = 0; item < row_items * token_items; ++item) {
-                const int row = item / token_items * per_item, first = item % token_items * kTileTokens;
-                const int count = std::min(matrix.rows - row, per_item), n = std::min(tokens - first, kTileTokens);
-                multiply(kernels, matrix, row, count, view, first, n, floats, kernel_scratch);
-                store(row, count, first, n, floats, floats + kTileFloats);
-            }
-        }
+        // Few tokens are quantized sooner than a helper comes.
+        parallel_for(tokens, tokens > 2 ? threads : 1, [&](int64_t token, int thread) {
+            quantize(scratch, static_cast<int>(token), scratch.floats + thread * scratch.floats_each);
+        });
+        parallel_for(num_blocks, threads, [&](int64_t block, int) {
+            const int first = static_cast<int>(block) * kBlockTokens;
+            interleave(scratch.rows + first, std::min(tokens - first, kBlockTokens), scratch.blocks, block);
+        });
+        parallel_for(row_items * token_items, threads, [&](int64_t index, int thread) {
+            const int item = static_cast<int>(index);
+            const int row = item / token_items * per_item, first = item % token_items * kTileTokens;
+            const int count = std::min(matrix.rows - row, per_item), n = std::min(tokens - first, kTileTokens);
+            float* floats = scratch.floats + thread * scratch.floats_each;
+            multiply(kernels, matrix, row, count, view, first, n, floats, scratch.kernel + thread * scratch.kernel_bytes);
+            store(row, count, first, n, floats, floats + kTileFloats);
+        });
     }
 };
 

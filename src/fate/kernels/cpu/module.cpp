@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "attention.h"
 #include "gate.h"
 #include "linear.h"
 #include "quantize.h"
@@ -116,6 +117,22 @@ void bind_gather_rows(const Record& record, int index, uint64_t packed, uint64_t
     gather_rows(matrix, id, count, static_cast<DType>(dtype), pointer<void>(out), threads);
 }
 
+using Strides = std::tuple<int64_t, int64_t, int64_t>;  // batch, head, position
+
+void bind_attend(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides, int dtype,
+                 std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims, float scale,
+                 uint64_t out, int threads) {
+    const auto [batch, heads, kv_heads, length] = shape;
+    const auto [key_dim, value_dim] = dims;
+    require(batch > 0 && kv_heads > 0 && heads % kv_heads == 0 && length > 0 && key_dim > 0 && value_dim > 0,
+            "attention needs positions, dimensions, and heads that share key-value heads equally");
+    nb::gil_scoped_release release;
+    attend({pointer<const void>(q), pointer<const void>(keys), pointer<const void>(values),
+            std::make_from_tuple<CacheStrides>(key_strides), std::make_from_tuple<CacheStrides>(value_strides),
+            static_cast<DType>(dtype), batch, heads, kv_heads, length, key_dim, value_dim, scale, pointer<void>(out),
+            threads});
+}
+
 std::tuple<double, double> bind_quantize_matrix(uint64_t weights, int dtype, int64_t pitch, int rows, int cols,
                                                 float inverse_unit, int headroom,
                                                 std::tuple<int, float, float, float> settings, uint64_t high,
@@ -159,6 +176,7 @@ NB_MODULE(_cpu, m) {
     m.def("experts_swiglu", &bind_experts_swiglu);
     m.def("reduce_rows", &bind_reduce_rows);
     m.def("gather_rows", &bind_gather_rows);
+    m.def("attend", &bind_attend);
     m.def("quantize_matrix", &bind_quantize_matrix);
     m.def("read_file", &bind_read_file);
     m.def("copy_paced", &bind_copy_paced);

@@ -1,5 +1,6 @@
 #include "quantize.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -8,6 +9,8 @@
 namespace fate {
 
 namespace {
+
+constexpr int kItemRows = 16;
 
 // One group of weights; columns beyond the matrix repeat the first, with `valid` 0.
 struct Group {
@@ -170,12 +173,11 @@ SlopeSums quantize_matrix(const void* weights, DType dtype, int64_t pitch, int r
     std::vector<uint8_t> codes(static_cast<size_t>(team) * groups * kGroup);
     std::vector<SlopeSums> row_sums(rows, SlopeSums{0.0, 0.0});
     const float factor = std::ldexp(1.0f, headroom);
-#pragma omp parallel num_threads(team) if (team > 1)
-    {
-        float* row = floats.data() + static_cast<int64_t>(thread_index()) * cols;
-        uint8_t* own_codes = codes.data() + static_cast<int64_t>(thread_index()) * groups * kGroup;
-#pragma omp for schedule(dynamic, 16)
-        for (int r = 0; r < rows; ++r) {
+    parallel_for((rows + kItemRows - 1) / kItemRows, team, [&](int64_t item, int thread) {
+        float* row = floats.data() + static_cast<int64_t>(thread) * cols;
+        uint8_t* own_codes = codes.data() + static_cast<int64_t>(thread) * groups * kGroup;
+        const int first = static_cast<int>(item) * kItemRows;
+        for (int r = first; r < std::min(first + kItemRows, rows); ++r) {
             load_floats(static_cast<const char*>(weights) + r * pitch * item_bytes(dtype), dtype, cols, row);
             scale_row(row, cols, inverse_unit);
             const int64_t width = static_cast<int64_t>(groups) * (out.low == nullptr ? kGroup : kPlaneGroupBytes);
@@ -184,7 +186,7 @@ SlopeSums quantize_matrix(const void* weights, DType dtype, int64_t pitch, int r
                                out.affine + static_cast<int64_t>(r) * 2 * groups, &row_sums[r]);
             if (out.low != nullptr) pack_row(own_codes, groups, out.high + r * width, out.low + r * width);
         }
-    }
+    });
     SlopeSums total{0.0, 0.0};
     for (const SlopeSums& sums : row_sums) {
         total.squares += sums.squares;

@@ -47,8 +47,7 @@ void reduce_rows(const float* rows, const void* weights, DType weights_dtype, in
     load_floats(weights, weights_dtype, tokens * top_k, scale.data());
     const int64_t pieces = (hidden + kPiece - 1) / kPiece;
     const int team = tokens * top_k * hidden < kMinParallelFloats ? 1 : threads;
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-    for (int64_t item = 0; item < tokens * pieces; ++item) {
+    parallel_for(tokens * pieces, team, [&](int64_t item, int) {
         const int64_t token = item / pieces, at = item % pieces * kPiece, count = std::min(kPiece, hidden - at);
         float sum[kPiece] = {};
         for (int64_t rank = 0; rank < top_k; ++rank) {
@@ -56,22 +55,18 @@ void reduce_rows(const float* rows, const void* weights, DType weights_dtype, in
             if (weight != 0.0f) add_scaled(rows + (token * top_k + rank) * hidden + at, weight, count, sum);
         }
         store_floats(sum, count, out_dtype, static_cast<char*>(out) + (token * hidden + at) * item_bytes(out_dtype));
-    }
+    });
 }
 
 void gather_rows(const Matrix& matrix, const int64_t* ids, int64_t count, DType dtype, void* out, int threads) {
     const int64_t padded = static_cast<int64_t>(matrix.groups) * kGroup;
     const int team = count * padded < kMinParallelFloats ? 1 : threads;
     std::vector<float> floats(team * padded);
-#pragma omp parallel num_threads(team) if (team > 1)
-    {
-        float* row = floats.data() + thread_index() * padded;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; ++i) {
-            dequantize_row(matrix, ids[i], row);
-            store_floats(row, matrix.cols, dtype, static_cast<char*>(out) + i * matrix.cols * item_bytes(dtype));
-        }
-    }
+    parallel_for(count, team, [&](int64_t i, int thread) {
+        float* row = floats.data() + thread * padded;
+        dequantize_row(matrix, ids[i], row);
+        store_floats(row, matrix.cols, dtype, static_cast<char*>(out) + i * matrix.cols * item_bytes(dtype));
+    });
 }
 
 }  // namespace fate

@@ -2,11 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include "scratch.h"
+#include "team.h"
 #include "tiles.h"
 
 namespace fate {
@@ -56,15 +54,7 @@ static inline int item_rows(int rows, int threads) {
     return std::clamp(round_up((rows + 4 * threads - 1) / (4 * threads), 8), 8, kTileRows);
 }
 
-static inline int thread_index() {
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-// Below this many weight-token products, starting a team costs more than it saves.
+// Below this many weight-token products, calling helpers costs more than it saves.
 constexpr int64_t kMinParallelWork = 1 << 17;
 
 }  // namespace fate

@@ -4,7 +4,7 @@ import random
 
 from fate.core import Routing
 from fate.predict import PREDICTORS, PredictorContext
-from fate.predict.cross_layer import MIN_CONFIDENCE, PATIENCE
+from fate.predict.cross_layer import BUSY_CONFIDENCE, MIN_CONFIDENCE, PATIENCE
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 4, 16, 2
 
@@ -18,9 +18,9 @@ class Gate:
         return tuple((expert, 0.4 / (rank + 1)) for rank, expert in enumerate(order))
 
 
-def make(cached=lambda layer, expert: False, gates=None, incomplete=lambda layer: True):
+def make(cached=lambda layer, expert: False, gates=None, incomplete=lambda layer: True, load=0.0):
     gates = gates or [Gate()] * NUM_LAYERS
-    context = PredictorContext(gates, incomplete, [NUM_EXPERTS] * NUM_LAYERS, TOP_K, cached)
+    context = PredictorContext(gates, incomplete, [NUM_EXPERTS] * NUM_LAYERS, TOP_K, cached, lambda: load)
     return PREDICTORS.get("cross-layer")(context)
 
 
@@ -39,6 +39,23 @@ def test_what_is_cached_is_named_with_confidence_zero():
     near, _ = make(cached=lambda layer, expert: expert == 3).predict(routing(0, (3, 5)), [3, 5])
     assert dict(near.ranked)[3] == 0.0
     assert dict(near.ranked)[5] > 0.0
+
+
+def test_a_busy_link_is_left_to_what_is_more_likely():
+    worth = [
+        [
+            confidence
+            for prediction in make(load=load).predict(routing(0, (3, 5)), [3, 5])
+            for _, confidence in prediction.ranked
+        ]
+        for load in (0.4, 0.75, 1.0)
+    ]
+    idle, busier, full = ([c for c in confidences if c] for confidences in worth)
+    assert [len(confidences) for confidences in worth] == [len(worth[0])] * 3, "named all the same"
+    assert len(idle) == len(busier) > len(full) > 0, (
+        "0.35 and 0.5 are asked for, 0.42 is what a second layer ahead is worth"
+    )
+    assert min(full) >= BUSY_CONFIDENCE > min(idle) >= MIN_CONFIDENCE
 
 
 def test_complete_layers_and_gates_that_cannot_be_asked_are_left_out():

@@ -21,9 +21,11 @@ from fate.predict.popularity import RecentPopularity
 LOOKAHEAD = 2  # layers
 CANDIDATES = 3  # at most, in units of top-k
 PATIENCE = 0.7  # what a guess for the layer after the next is worth beside one for the next
-MIN_CONFIDENCE = (
-    0.2  # a read that is wrong more often costs more (a demand waits for a chunk, cores for the copy) than it saves
-)
+# A read that is wrong more often costs more (a demand waits for a chunk, cores for the copy) than it saves; on a link
+# that is never idle, every wrong read takes its whole time from a right one.
+MIN_CONFIDENCE = 0.2
+BUSY_CONFIDENCE = 0.5
+BUSY_LOAD = 0.5  # share of time from which a link counts as busier
 
 
 @PREDICTORS.register("cross-layer")
@@ -78,7 +80,12 @@ class CrossLayerGate(Predictor):
         saying = self._said[layer, distance] = Saying(ranked, absent)
         worth = PATIENCE if distance > 1 else 1.0
         named = self._calibration(layer, distance).confident(saying)
-        return Prediction(layer, tuple((e, c * worth if c >= MIN_CONFIDENCE else 0.0) for e, c in named))
+        least = self._least_confidence()
+        return Prediction(layer, tuple((e, c * worth if c >= least else 0.0) for e, c in named))
+
+    def _least_confidence(self) -> float:
+        busier = max(self.context.link_load() - BUSY_LOAD, 0.0) / (1 - BUSY_LOAD)
+        return MIN_CONFIDENCE + (BUSY_CONFIDENCE - MIN_CONFIDENCE) * min(busier, 1.0)
 
     def _learn(self, routing: Routing) -> None:
         layer, needed = routing.layer, frozenset(routing.experts)

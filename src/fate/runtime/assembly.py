@@ -110,7 +110,14 @@ class Assembly:
         precision = PRECISIONS.get(system.precision)(timing)
         manager = ExpertManager(header, cache, scheduler, precision)
         scheduler.meter = manager.meter
-        context = PredictorContext(self._gates, manager.incomplete, self._counts, self.top_k, manager.cached)
+        context = PredictorContext(
+            self._gates,
+            manager.incomplete,
+            self._counts,
+            self.top_k,
+            manager.cached,
+            link_load=lambda: manager.link_load,
+        )
         predictor = PREDICTORS.get(system.predictor)(context)
         notes: list[str] = []
         switch = PrefetchSwitch(lambda note: _announce(notes, note), trial=system.guesses and system.switches_off)

@@ -12,6 +12,7 @@ failed read, a KeyboardInterrupt anywhere) stays open; the next lease then start
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fate.runtime.lease import Lease
 
 Slot = Entry[Transfer]
+LOAD_RATE = 0.2  # weight of the last step in the link's load
 REPLACE_RATIO = 1.25  # how much likelier a guess must be to take the place of one that is staged
 
 
@@ -53,6 +55,8 @@ class ExpertManager:
         self._phases = {prefill: [StepStats() for _ in range(num_layers)] for prefill in (False, True)}
         self.prefill = True
         self.stats = self._phases[True]  # of the phase under way, by layer
+        self.link_load = 0.0  # share of the last decoding steps in which the link was busy
+        self._step_began: tuple[float, float] | None = None  # when, and the link's busy seconds by then
         self._closed = False
         self._seen: set[ExpertKey] = set()
         self._named: dict[int, set[int]] = {}  # experts named for a layer since it last ran
@@ -62,6 +66,11 @@ class ExpertManager:
 
     def begin_phase(self, prefill: bool) -> None:
         """What follows is counted as a prompt's or as decoding."""
+        now, busy_s = time.perf_counter(), self.scheduler.busy_s()
+        if self._step_began is not None and not self.prefill:
+            began, busy_before = self._step_began
+            self.link_load += LOAD_RATE * ((busy_s - busy_before) / (now - began) - self.link_load)
+        self._step_began = None if prefill else (now, busy_s)
         self.prefill = prefill
         self.stats = self._phases[prefill]
 

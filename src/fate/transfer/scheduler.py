@@ -136,6 +136,7 @@ class TransferScheduler:
         self._prefetches: list[Transfer] = []  # the most confident goes first, of equals the oldest
         self._reading: set[Transfer] = set()  # changed by the worker threads alone
         self._closed = False
+        self._busy_s, self._busy_since = 0.0, 0.0  # of the link: at least one read is under way
         self._threads = [
             threading.Thread(target=self._serve, name=f"fate-transfer-{i}", daemon=True) for i in range(workers)
         ]
@@ -203,6 +204,11 @@ class TransferScheduler:
                 self._wait_done()
         return time.perf_counter() - start
 
+    def busy_s(self) -> float:
+        """Seconds in which at least one read was under way, since the beginning."""
+        with self._lock:
+            return self._busy_s + (time.perf_counter() - self._busy_since if self._reading else 0.0)
+
     def quiesce(self) -> None:
         """Forget every transfer; returns when no read writes to any slot."""
         with self._lock:
@@ -258,6 +264,8 @@ class TransferScheduler:
             transfer = max(self._prefetches, key=lambda t: t.confidence)
             self._prefetches.remove(transfer)
         transfer.state = State.READING
+        if not self._reading:
+            self._busy_since = time.perf_counter()
         self._reading.add(transfer)
         return transfer
 
@@ -289,7 +297,7 @@ class TransferScheduler:
         transfer.progress.stop = False
         unfinished = transfer.bytes_read < transfer.length
         if not transfer.demand and unfinished and (self._demands or self._demand_reading()):
-            self._reading.discard(transfer)
+            self._leave(transfer)
             transfer.state = State.QUEUED
             self._prefetches.append(transfer)
             return False
@@ -314,12 +322,18 @@ class TransferScheduler:
         if self._demands and len(self._reading) < len(self._threads):
             self._work.notify()
 
+    def _leave(self, transfer: Transfer) -> None:
+        """It is no longer being read."""
+        self._reading.discard(transfer)
+        if not self._reading:
+            self._busy_s += time.perf_counter() - self._busy_since
+
     def _demand_reading(self) -> bool:
         return any(t.demand for t in self._reading)
 
     def _finish(self, transfer: Transfer, state: State) -> None:
         with self._lock:
-            self._reading.discard(transfer)
+            self._leave(transfer)
             transfer.state = state
             if transfer.demand or transfer.cancel_asked:  # nobody waits for a guess
                 self._done.notify_all()

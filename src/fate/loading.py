@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fate.convert import convert, copied_files, transformers_config
 from fate.directories import cache_directory
 from fate.errors import OutputExistsError, StoreError, UsageError
 from fate.memory import MemoryPlan, format_bytes, parse_experts, parse_memory
+from fate.models.auto import auto_class
 from fate.profile import read_profile, write_profile
 from fate.profiling import SAMPLE_TEXT, measure
 from fate.runtime import quantizer as quantizer  # registers the store's format with transformers
@@ -86,7 +87,7 @@ def load(
     stored = read_config(store)["quantization_config"]
     config = transformers_config(store)
     config.quantization_config = {**stored, "load_options": options}
-    loaded = cast(FateModel, AutoModelForCausalLM.from_pretrained(store, config=config, dtype="auto"))
+    loaded = cast(FateModel, auto_class(config).from_pretrained(store, config=config, dtype="auto"))
     if loaded.fate.system != wanted:
         ensure_profile(loaded)
         loaded.fate.reconfigure(system=wanted, experts=experts, link=link)

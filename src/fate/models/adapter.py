@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from fate.errors import NotMoEError, UnsupportedModelError
+from fate.models.auto import auto_class
 from fate.store.format import MatrixSpec
 
 _INTERFACE = ("is_transposed", "is_concatenated", "has_gate", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
@@ -78,18 +79,18 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
 
 
 def build_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of `config` with every parameter on the meta device, in the config's dtype.
+    """The model of `config` (see `auto_class`) with every parameter on the meta device, in the config's dtype.
 
     Raises UnsupportedModelError where transformers has no such architecture or needs code from the checkpoint.
     """
     try:
         with torch.device("meta"), initialization.no_init_weights(), initialization.meta_device_safe_creation_ops():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} cannot be built as a causal language model by the installed "
-            f"transformers ({reason}): use a model that transformers supports without remote code"
+            f"model type {config.model_type!r} cannot be built by the installed transformers "
+            f" ({reason}): use a model that transformers supports without remote code"
         ) from error
     return model.eval()
 

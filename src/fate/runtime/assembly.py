@@ -92,6 +92,11 @@ class Assembly:
             self._runtimes.append(runtime)
         attach(model, Session(self, self.build(system, plan, link), link))
 
+    @property
+    def routes_early(self) -> bool:
+        """Whether some block was seen to run another module before its router, which then can be asked first."""
+        return any(early.pays for early in self._early)
+
     def build(self, system: System, plan: MemoryPlan, link: float | None) -> Engine:
         """A new engine with an empty cache, which the model's layers use from now on. link: see `LoadOptions`."""
         if system.needs_profile and self.profile is None:

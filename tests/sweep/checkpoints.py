@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fate.core import ExpertKey
+from fate.kernels.reference import dequantize
+from fate.models.adapter import find_moe_layers
 from fate.models.auto import auto_class
+from fate.store.reader import StoreReader
 from fate.synth import byte_tokenizer
 
 
@@ -27,3 +32,19 @@ def save_checkpoint(config: PreTrainedConfig, folder: Path) -> Path:
     random_model(config).save_pretrained(folder, max_shard_size="1MB")
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def dequantize_experts(model: PreTrainedModel, store: Path) -> None:
+    """Give `model`, transformers' own, the experts of `store` as its records say they are."""
+    reader = StoreReader(store)
+    for layer in find_moe_layers(model):
+        layout = reader.header.layout(layer.index)
+        for expert in range(layer.num_experts):
+            buffer = mmap.mmap(-1, layout.record_bytes)
+            reader.read_into(ExpertKey(layer.index, expert), memoryview(buffer), 0)
+            record = torch.frombuffer(buffer, dtype=torch.uint8)
+            for index, matrix in enumerate(layer.matrices):
+                value = dequantize(record, layout, index)
+                stacked = layer.experts.get_parameter(matrix.name)
+                stacked.data[expert] = value.T if layer.experts.is_transposed else value
+    reader.close()

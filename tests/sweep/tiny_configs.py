@@ -114,7 +114,16 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": VOCABULARY,
     },
-    "glm4v_moe": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4], "partial_rotary_factor": 1.0}}},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 2, 4],
+                "partial_rotary_factor": 1.0,
+            }
+        }
+    },
     "granitemoehybrid": {"layer_types": _LINEAR_FIRST, "mamba_n_heads": 8, "mamba_d_state": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _LINEAR_FIRST},
@@ -127,7 +136,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "ssm_state_size": 16,
     },
-    "qwen3_omni_moe_thinker": {"audio_config": {"encoder_attention_heads": 4, "d_model": 64, "encoder_ffn_dim": 64, "encoder_layers": 1}},
+    "qwen3_omni_moe_thinker": {
+        "vision_start_token_id": 250,
+        "audio_config": {"encoder_attention_heads": 4, "d_model": 64, "encoder_ffn_dim": 64, "encoder_layers": 1},
+    },
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -162,4 +174,7 @@ def _settings(cls: type[PreTrainedConfig], own: dict[str, Any]) -> dict[str, Any
     for name, part in cls.sub_configs.items():
         if isinstance(part, type) and issubclass(part, PreTrainedConfig) and part is not PreTrainedConfig:
             settings[name] = _settings(part, own.get(name, {}))
-    return {**settings, **{name: value for name, value in own.items() if name not in settings or name not in cls.sub_configs}}
+    return {
+        **settings,
+        **{name: value for name, value in own.items() if name not in settings or name not in cls.sub_configs},
+    }

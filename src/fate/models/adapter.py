@@ -34,6 +34,7 @@ class MoELayer:
 
     matrices: `[rows = output, cols = reduction]` whatever the module's `is_transposed`; empty when the module's
     weights have been dropped. is_swiglu: gate and up are concatenated, SiLU gated, without bias or post norm.
+    aliases: other experts modules tied to this one's weights (a decoder's to its encoder's).
     """
 
     index: int
@@ -45,6 +46,7 @@ class MoELayer:
     num_experts: int
     matrices: tuple[MatrixSpec, ...]
     is_swiglu: bool
+    aliases: tuple[nn.Module, ...] = ()
 
 
 def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
@@ -55,8 +57,10 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     recorded = _recorded_router_classes(model)
     modules = dict(model.named_modules())
     layers: list[MoELayer] = []
+    aliases = _tied_experts(model, modules)
+    tied = {id(alias) for group in aliases.values() for alias in group}
     for name, module in modules.items():
-        if not _is_experts(module):
+        if not _is_experts(module) or id(module) in tied:
             continue
         block_name = name.rpartition(".")[0]
         block = modules[block_name]
@@ -72,6 +76,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
                 num_experts=_num_experts(name, module),
                 matrices=matrices,
                 is_swiglu=_is_swiglu(module),
+                aliases=tuple(aliases.get(name, ())),
             )
         )
     _refuse_others(model, modules, layers)
@@ -93,6 +98,16 @@ def build_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             f" ({reason}): use a model that transformers supports without remote code"
         ) from error
     return model.eval()
+
+
+def _tied_experts(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """Name of an experts module -> those whose weights are tied to its own."""
+    tied: dict[str, list[nn.Module]] = {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        name, _, weight = target.rpartition(".")
+        if weight == "down_proj" and _is_experts(modules[name]):
+            tied.setdefault(source.rpartition(".")[0], []).append(modules[name])
+    return tied
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -140,9 +155,13 @@ def _is_swiglu(module: nn.Module) -> bool:
         and module.is_concatenated
         and not module.has_bias
         and not module.has_post_expert_norm
-        and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
+        and is_silu(getattr(module, "act_fn", None))
         and getattr(type(module), "_apply_gate", None) is _default_apply_gate
     )
+
+
+def is_silu(activation: object) -> bool:
+    return isinstance(activation, nn.SiLU | SiLUActivation) or activation is nn.functional.silu
 
 
 def _recorded_router_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:

@@ -65,9 +65,15 @@ class Source:
         made = converter.convert(self.name, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def one_expert(self, expert: int) -> Source:
-        """This source narrowed to one expert's tensors, for checkpoints that store experts apart."""
-        return Source(self.name, self.converter, {pattern: (keys[expert],) for pattern, keys in self.keys.items()})
+    def one_expert(self, expert: int, num_experts: int) -> Source:
+        """This source narrowed to one expert's tensors, for checkpoints that store experts apart. A list that is split
+        between several parameters, each of `num_experts`, keeps one for each of them."""
+        return Source(self.name, self.converter, {p: keys[expert::num_experts] for p, keys in self.keys.items()})
+
+    def parameters(self, read: Reader, model: PreTrainedModel) -> list[str]:
+        """The names of all parameters that it makes."""
+        several = self.converter is not None and len(self.converter.target_patterns) > 1
+        return list(self.make(read, model)) if several else [self.name]
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,8 @@ def plan_recipes(model: PreTrainedModel, stacked: Collection[str], checkpoint: C
     for source in key_map.sources.values():
         dtype = dtypes[source.name]
         if source.name in stacked:
-            recipes[source.name] = Recipe(source, source.name, dtype, tuple(state[source.name].shape))
+            for name in source.parameters(checkpoint.meta, model):
+                recipes[name] = Recipe(source, name, dtype, tuple(state[name].shape))
             continue
         with _conversion_errors(source):
             made = source.make(partial(_shape_only, checkpoint, dtype), model)
@@ -251,14 +258,14 @@ class ExpertSource:
     def _make(self, expert: int, read_rows: Callable[[str, int, int], torch.Tensor]) -> torch.Tensor:
         source, shape = self._recipe.source, self._recipe.shape
         if self._apart:
-            source = source.one_expert(expert)
+            source = source.one_expert(expert, shape[0])
 
         def read(key: str) -> torch.Tensor:
             rows = (0, self._checkpoint.shape(key)[0]) if self._apart else (expert, expert + 1)
             return read_rows(key, *rows).to(self._recipe.dtype)
 
         with _conversion_errors(source):
-            value = source.make(read, self._model)[self._recipe.made]
+            value = source.make(read, cast(Any, _OneExpert(self._model, shape)))[self._recipe.made]
         if value.shape != (1, *shape[1:]):
             raise CheckpointError(
                 f"{source.name}: expert {expert} has shape {list(value.shape[1:])}, the config says {list(shape[1:])}: "
@@ -267,12 +274,25 @@ class ExpertSource:
         return value[0]
 
     def _check_counts(self) -> None:
-        for pattern, keys in self._recipe.source.keys.items():
-            if len(keys) != self._recipe.shape[0]:
+        source = self._recipe.source
+        shared_by = len(source.converter.target_patterns) if source.converter else 1
+        for pattern, keys in source.keys.items():
+            if len(keys) not in (self._recipe.shape[0], self._recipe.shape[0] * shared_by):
                 raise CheckpointError(
-                    f"{self._recipe.source.name} needs {self._recipe.shape[0]} tensors like {pattern}, the checkpoint "
+                    f"{source.name} needs {self._recipe.shape[0]} tensors like {pattern}, the checkpoint "
                     f"has {len(keys)}: download it again"
                 )
+
+
+class _OneExpert:
+    """`model` as a converter sees it that compares its tensors with the parameter they are for, of one expert."""
+
+    def __init__(self, model: PreTrainedModel, shape: tuple[int, ...]) -> None:
+        self.config = model.config
+        self._shape = (1, *shape[1:])
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self._shape, device="meta")
 
 
 @contextmanager

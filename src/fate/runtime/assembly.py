@@ -85,7 +85,8 @@ class Assembly:
             system = system if self.profile is not None else resolve_system("load-on-demand")
         for layer, gate in zip(self._layers, self._gates, strict=True):
             runtime = LayerRuntime(layer, gate)
-            layer.experts.__dict__["fate_layer"] = runtime
+            for experts in (layer.experts, *layer.aliases):
+                experts.__dict__["fate_layer"] = runtime
             if layer.router is not None and gate is not None:
                 layer.router.register_forward_hook(runtime.on_router, with_kwargs=True)
                 self._early.append(EarlyRouter(layer, gate, runtime))

@@ -77,9 +77,14 @@ def _plan_call(model: Any, batch: int, tokens: int, kwargs: dict[str, Any]) -> N
         else:
             kwargs["generation_config"] = copy.deepcopy(config)
             kwargs["generation_config"].prefill_chunk_size = chunk
-    growing = model._supports_default_dynamic_cache() and not model.config.is_encoder_decoder
-    if growing and request.plain_cache and kwargs.get("past_key_values") is None:
+    if _takes_growing_cache(model) and request.plain_cache and kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = session.new_cache(model.config)
+
+
+def _takes_growing_cache(model: Any) -> bool:
+    """Whether `generate` would make a DynamicCache; a diffusion model's generation is of another kind."""
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    return supports is not None and supports() and not model.config.is_encoder_decoder
 
 
 def _set_values(config: Any) -> dict[str, Any]:

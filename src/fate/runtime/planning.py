@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.fx.experimental import _config
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fate.core import Envelope
@@ -77,14 +79,28 @@ def _kv_bytes(model: PreTrainedModel, envelope: Envelope) -> int:
     """Bytes of the cache at the end of the envelope, by two forwards that move no data: what grows with each token,
     and what a sequence has from the start (the states of linear attention and convolutions)."""
 
+    if not model.can_generate():
+        return 0
+    settings: Any = _config  # torch's own switch for a `nonzero` of the meta device
+
     def cache_bytes(tokens: int) -> int:
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        with torch.no_grad(), torch.device("meta"):
+        with torch.no_grad(), torch.device("meta"), settings.patch(meta_nonzero_assume_all_nonzero=True):
             cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
         return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
 
-    two, three = cache_bytes(2), cache_bytes(3)
+    try:
+        two, three = cache_bytes(2), cache_bytes(3)
+    except (RuntimeError, NotImplementedError):  # its forward asks for values, which the meta device does not have
+        return envelope.max_batch * envelope.max_context * _ordinary_kv_bytes(model)
     return envelope.max_batch * (two - 2 * (three - two) + (three - two) * envelope.max_context)
+
+
+def _ordinary_kv_bytes(model: PreTrainedModel) -> int:
+    """Bytes a token of full attention in every layer: as much as any kind of layer keeps."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * int(config.num_hidden_layers * heads * _head_dim(config) * model.dtype.itemsize)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
@@ -123,7 +139,8 @@ def _buffer_bytes(model: PreTrainedModel, header: StoreHeader, envelope: Envelop
 
 def _head_dim(config: PreTrainedConfig) -> int:
     latent = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
-    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers: Any = getattr(config, "per_layer_config", None) or [config]
+    own = max(getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads for layer in layers)
     return max(latent, own, getattr(config, "v_head_dim", None) or 0)
 
 

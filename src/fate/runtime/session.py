@@ -268,7 +268,9 @@ class FateModel(_Base):
 def attach(model: PreTrainedModel, session: Session) -> None:
     """Give `model` its session: a subclass of the same name, since a model may not be monkeypatched."""
     cls: Any = type(model)
-    body = {"generate": generate_within_plan(cls.generate), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    if hasattr(cls, "generate"):  # a classifier does not
+        body["generate"] = generate_within_plan(cls.generate)
     model.__class__ = type(cls.__name__, (FateModel, cls), body)
     object.__setattr__(model, "fate", session)
     object.__setattr__(model, "hf_device_map", {"": "cpu"})  # a pipeline must not move it to an accelerator

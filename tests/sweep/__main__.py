@@ -18,13 +18,13 @@ import torch
 import transformers
 
 from sweep.check import Outcome, check_family
-from sweep.discovery import find_families, find_family
+from sweep.discovery import find_adapted, find_families, find_family
 from sweep.table import DOCUMENT, RESULTS, render
 
 
 def main(names: list[str]) -> int:
     _hush()
-    families = [find_family(name) for name in names] if names else find_families()
+    families = [find_family(name) for name in names] if names else [*find_families(), *find_adapted()]
     outcomes = []
     for family in families:
         start = time.perf_counter()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from fate.models import adapters
 from fate.models.auto import AUTO_CLASSES
 
 _MARK = "@use_experts_implementation"
@@ -36,8 +38,17 @@ def find_families() -> list[Family]:
     return [find_family(source.parent.name) for source in sources if _MARK in source.read_text()]
 
 
+def find_adapted() -> list[Family]:
+    """Every family that has an adapter, by model type."""
+    files = {module.name for module in pkgutil.iter_modules(adapters.__path__)}
+    types = [name for name in CONFIG_MAPPING if name.replace("-", "_") in files and adapters.find_adapter(name)]
+    return [Family(name, name, CONFIG_MAPPING[name]) for name in sorted(types)]
+
+
 def find_family(name: str) -> Family:
     """The family in transformers' folder `name`, with or without the interface."""
+    if name in CONFIG_MAPPING and adapters.find_adapter(name):
+        return Family(name, name, CONFIG_MAPPING[name])
     types = {model_type: CONFIG_MAPPING[model_type] for model_type in _model_types(name)}
     for auto in AUTO_CLASSES:
         mapping = auto._model_mapping  # type: ignore[attr-defined]

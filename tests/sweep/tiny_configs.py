@@ -80,13 +80,29 @@ _SIZES: dict[str, Any] = {
 _IF_SET: dict[str, Any] = {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "num_dense_layers": 1}
 
 _TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_ENCODER_DECODER = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+}
 _DENSE_FIRST = ["dense", *["sparse"] * (LAYERS - 1)]
 _LINEAR_FIRST = ["linear_attention", "full_attention"] * (LAYERS // 2)
 # What the rules cannot know, by model type.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "beam": {"mlp_layer_types": _DENSE_FIRST},
+    "dbrx": {
+        "n_heads": 4,
+        "n_layers": LAYERS,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
+    },
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": _DENSE_FIRST, "num_key_value_heads": 4}},
+    "doge": {"is_moe": True, "num_experts": 16},
     "dots1": {"n_shared_experts": 1},
     "diffusion_gemma": {
         "text_config": {"global_head_dim": 32},
@@ -101,6 +117,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         }
     },
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "mlp_layer_types": _DENSE_FIRST}},
+    "llama4_text": {
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 96,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 16,
+        "pad_token_id": 0,
+    },
+    "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4, "zero_expert_num": 4, "moe_topk": 3, "head_dim": 8},
     "mistral_large4": {"vision_config": {"model_type": "pixtral", **_TOWER}},
     "muse_spark": {
         "text_config": {"moe_hidden_size": 32},
@@ -126,6 +150,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {"layer_types": _LINEAR_FIRST, "mamba_n_heads": 8, "mamba_d_state": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "jetmoe": {"kv_channels": 16, "num_key_value_heads": 2, "intermediate_size": 48},
     "kimi_linear": {"layer_types": _LINEAR_FIRST},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
     "nemotron_h": {
@@ -135,6 +160,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 16,
         "n_groups": 2,
         "ssm_state_size": 16,
+    },
+    "nllb-moe": {
+        **_ENCODER_DECODER,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2,
+        "num_hidden_layers": 2,
     },
     "qwen3_omni_moe_thinker": {
         "vision_start_token_id": 250,
@@ -147,6 +180,22 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
         "hc_lowrank": 16,
+    },
+    "step3p7": {
+        "text_config": {"pad_token_id": 0, "mlp_layer_types": _DENSE_FIRST, "swiglu_limits": [0.0, 0.0, 0.5, 0.5]},
+        "vision_config": _TOWER,
+    },
+    "switch_transformers": {
+        "d_kv": 16,
+        "d_ff": 48,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 4,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
     },
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -12,7 +12,7 @@ reads or changes a weight, so a model on the meta device does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from fate.errors import NotMoEError, UnsupportedModelError
+from fate.models.adapters import Adaptation, adapt, adaptation
 from fate.models.auto import auto_class
 from fate.store.format import MatrixSpec
 
@@ -97,7 +98,8 @@ def build_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             f"model type {config.model_type!r} cannot be built by the installed transformers "
             f" ({reason}): use a model that transformers supports without remote code"
         ) from error
-    return model.eval()
+    adapt(model)
+    return cast(PreTrainedModel, model.eval())
 
 
 def _tied_experts(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
@@ -193,9 +195,10 @@ def _find_router(block: nn.Module, experts: nn.Module, recorded: tuple[type[nn.M
 
 def _refuse_others(model: PreTrainedModel, modules: dict[str, nn.Module], layers: list[MoELayer]) -> None:
     """Experts that are not behind the interface would be loaded whole; a model without any experts is dense."""
-    inside = tuple(layer.name + "." for layer in layers)
+    resident = (adaptation(model) or Adaptation()).resident
+    inside = tuple(name + "." for name in (*(layer.name for layer in layers), *resident))
     for name, module in modules.items():
-        known = _is_experts(module) or name.startswith(inside)
+        known = _is_experts(module) or name in resident or name.startswith(inside)
         if not known and name.rpartition(".")[2] in ("experts", "local_experts") and list(module.parameters()):
             raise UnsupportedModelError(
                 f"model type {model.config.model_type!r} keeps experts outside transformers' experts interface "

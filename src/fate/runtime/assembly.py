@@ -73,7 +73,7 @@ class Assembly:
         self.top_k = top_k
         self._counts = [layer.num_experts for layer in reader.header.layers]
         self._layers = layers
-        self._gates = [RouterGate(layer.router, layer.num_experts) if layer.router else None for layer in layers]
+        self._gates = [_gate(layer) for layer in layers]
         self._runtimes: list[LayerRuntime] = []
         self._early: list[EarlyRouter] = []
 
@@ -139,6 +139,12 @@ class Assembly:
         if self._records is None:
             self._records = MemoryRecords(self.reader)
         return PacedMemorySource(self._records, pool.view, self.link)
+
+
+def _gate(layer: MoELayer) -> RouterGate | None:
+    if layer.router is None:
+        return None
+    return RouterGate(layer.router, layer.num_experts, getattr(layer.experts, "read_router", None))
 
 
 def _announce(notes: list[str], note: str) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fate.core import Envelope
 from fate.memory import MIB, Needs, resident_bytes
+from fate.models.adapters import Adaptation, adaptation
 from fate.store.format import StoreHeader
 from fate.store.reader import DENSE_FILE, PACKED_FILE
 
@@ -25,6 +26,8 @@ RUNTIME_HEADROOM_BYTES = 160 * MIB
 
 def top_k(model: PreTrainedModel) -> int:
     """Experts one token uses in one layer, by the config."""
+    if (adapted := (adaptation(model) or Adaptation()).top_k) is not None:
+        return adapted
     config = model.config.get_text_config()
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k"):
         if isinstance(value := getattr(config, name, None), int) and value > 0:
@@ -78,7 +81,6 @@ def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envel
 def _kv_bytes(model: PreTrainedModel, envelope: Envelope) -> int:
     """Bytes of the cache at the end of the envelope, by two forwards that move no data: what grows with each token,
     and what a sequence has from the start (the states of linear attention and convolutions)."""
-
     if not model.can_generate():
         return 0
     settings: Any = _config  # torch's own switch for a `nonzero` of the meta device
@@ -86,8 +88,13 @@ def _kv_bytes(model: PreTrainedModel, envelope: Envelope) -> int:
     def cache_bytes(tokens: int) -> int:
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         with torch.no_grad(), torch.device("meta"), settings.patch(meta_nonzero_assume_all_nonzero=True):
-            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
+            if model.config.is_encoder_decoder:
+                encoded: Any = model.get_encoder()(ids)
+                both = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
+                layers = [*both.self_attention_cache.layers, *both.cross_attention_cache.layers]
+            else:
+                layers = model(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
+        return sum(t.numel() * t.element_size() for layer in layers for t in _tensors(vars(layer)))
 
     try:
         two, three = cache_bytes(2), cache_bytes(3)

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fate.errors import StoreMismatchError
 from fate.models.adapter import MoELayer, find_moe_layers
+from fate.models.adapters import adapt
 from fate.models.packed import PackedEmbedding, PackedLinear
 from fate.runtime.assembly import LoadOptions, assemble
 from fate.runtime.backend import EXPERTS_FUNCTION
@@ -58,6 +59,7 @@ class FateQuantizer(HfQuantizer):
     ) -> None:
         assert checkpoint_files is not None
         self._reader = StoreReader(Path(checkpoint_files[0]).parent)
+        adapt(model)
         self._layers = find_moe_layers(model)
         _check_geometry(self._layers, self._reader)
         self._start = assemble(model, self._layers, self._reader, self.quantization_config.load_options)

@@ -38,6 +38,7 @@ from fate.store.format import (
     padded_cols,
 )
 from fate.store.plan import StorePlan, packed_layout, plan_store
+from fate.store.quantized import open_checkpoint
 from fate.store.reader import PACKED_FILE, is_store
 from fate.store.tensorfile import TensorEntry
 from fate.store.writer import StoreWriter
@@ -80,8 +81,7 @@ def convert(
     if out.exists() and not is_store(out):
         raise UsageError(f"{out} exists and is not a store, so it is not replaced: choose another OUT or move it away")
     path = resolve_source(src)
-    refuse_quantized(path)
-    with Checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         conversion = _Conversion(checkpoint, expert_bits, dense_bits)
         with StoreWriter(out, conversion.plan, force=force) as writer:
             conversion.run(writer, progress or (lambda done, total, what: None))
@@ -189,6 +189,8 @@ class _Conversion:
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The checkpoint's config with its dtype settled as `from_pretrained` does: the config's, else the weights'."""
     config = transformers_config(checkpoint.path)
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)  # its weights come dequantized
     text = config.get_text_config()
     dtype = text.dtype or config.dtype or _first_float_dtype(checkpoint)
     config.dtype = text.dtype = dtype
@@ -214,16 +216,6 @@ def transformers_config(path: Path) -> PreTrainedConfig:
             f"{path} has model type {model_type!r}, which the installed transformers does not know: use a model that "
             "it supports without remote code"
         ) from error
-
-
-def refuse_quantized(path: Path) -> None:
-    """Raise UnsupportedModelError for a checkpoint whose weights are quantized already."""
-    config = read_checkpoint_config(path)
-    quantized = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "unknown")
-        fix = "it is a store already" if method == "fate" else "convert the unquantized checkpoint it was made from"
-        raise UnsupportedModelError(f"{path} is quantized (quant_method {method!r}): {fix}")
 
 
 def copied_files(path: Path) -> dict[str, bytes]:

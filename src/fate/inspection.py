@@ -7,15 +7,15 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fate.convert import read_config, refuse_quantized, transformers_config
+from fate.convert import read_config, transformers_config
 from fate.core import Envelope
 from fate.memory import Needs
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.packable import packable
 from fate.runtime import planning
 from fate.runtime.backend import EXPERTS_FUNCTION
-from fate.store.checkpoint import Checkpoint
 from fate.store.format import LayerSpec, MatrixSpec, RecordLayout, StoreHeader
+from fate.store.quantized import open_checkpoint
 from fate.store.reader import StoreReader, is_store
 
 
@@ -57,8 +57,7 @@ def inspect_model(path: Path, max_context: int | None = None, dense_bits: int = 
         config = transformers_config(path)
         del config.quantization_config
     else:
-        refuse_quantized(path)
-        with Checkpoint(path) as checkpoint:
+        with open_checkpoint(path) as checkpoint:
             config = read_config(checkpoint)
     model = meta_model(config)
     layers = find_moe_layers(model)

@@ -189,6 +189,8 @@ class Session:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             ids = kwargs.get("inputs_embeds")
+        if kwargs.get("decoder_input_ids") is not None:  # what grows and gets logits, in an encoder-decoder model
+            ids = kwargs["decoder_input_ids"]
         if not isinstance(ids, torch.Tensor):
             return
         batch, tokens = ids.shape[0], ids.shape[1]

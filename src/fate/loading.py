@@ -43,6 +43,7 @@ def load(
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     logit_rows: int | None = None,
     link: str | float | None = None,
+    trust_remote_code: bool = False,
     on_plan: Callable[[MemoryPlan, System], None] | None = None,
     on_convert: Progress | None = None,
 ) -> FateModel:
@@ -55,7 +56,8 @@ def load(
     the fastest. max_context, max_batch,
     prefill_chunk (tokens a forward) and logit_rows bound what the plan covers; beyond them a call raises
     EnvelopeError. link: serve the records from a copy in memory at this speed ("12GB/s") instead of from the disk, to
-    see how another machine would fare (the copy is a row of the plan). on_plan is called before anything is allocated;
+    see how another machine would fare (the copy is a row of the plan). trust_remote_code: run the code of a model that
+    brings its own. on_plan is called before anything is allocated;
     by default the plan goes to standard error.
 
     Returns the transformers model; `model.fate` has `stats()`, `plan` and `close()`, and `with` closes it.
@@ -83,11 +85,14 @@ def load(
         link,
         on_plan or print_plan,
     )
-    store = ensure_store(model, on_convert)
+    store = ensure_store(model, on_convert, trust_remote_code)
     stored = read_config(store)["quantization_config"]
-    config = transformers_config(store)
+    config = transformers_config(store, trust_remote_code)
     config.quantization_config = {**stored, "load_options": options}
-    loaded = cast(FateModel, auto_class(config).from_pretrained(store, config=config, dtype="auto"))
+    loaded = cast(
+        FateModel,
+        auto_class(config).from_pretrained(store, config=config, dtype="auto", trust_remote_code=trust_remote_code),
+    )
     if loaded.fate.system != wanted:
         ensure_profile(loaded)
         loaded.fate.reconfigure(system=wanted, experts=experts, link=link)
@@ -107,7 +112,9 @@ def ensure_profile(model: FateModel) -> None:
     model.fate.use_profile(profile)
 
 
-def ensure_store(model: str | os.PathLike[str], on_convert: Progress | None = None) -> Path:
+def ensure_store(
+    model: str | os.PathLike[str], on_convert: Progress | None = None, trust_remote_code: bool = False
+) -> Path:
     """The store of `model`: itself, or its checkpoint converted (once, with the default options) into the cache."""
     if is_store(path := Path(model).expanduser()):
         return path
@@ -117,7 +124,7 @@ def ensure_store(model: str | os.PathLike[str], on_convert: Progress | None = No
     if is_store(store):
         return store
     try:
-        return convert(source, store, progress=on_convert)
+        return convert(source, store, progress=on_convert, trust_remote_code=trust_remote_code)
     except OutputExistsError:  # another process has made it in the meantime
         return store
 

@@ -28,6 +28,9 @@ TopK = Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0: a
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens already used become less likely.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampler.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code of a model that brings its own.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No plan, no summary.")]
 
 

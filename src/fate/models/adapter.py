@@ -11,6 +11,7 @@ reads or changes a weight, so a model on the meta device does.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from transformers.integrations.moe import _default_apply_gate
 
 from fate.errors import NotMoEError, UnsupportedModelError
 from fate.models.adapters import Adaptation, adapt, adaptation
+from fate.models.adapters.module_list import LIST_NAMES
 from fate.models.auto import auto_class
 from fate.store.format import MatrixSpec
 
@@ -73,7 +75,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
                 experts=module,
                 block_name=block_name,
                 block=block,
-                router=_find_router(block, module, recorded),
+                router=None if hasattr(module, "asks_one_by_one") else _find_router(block, module, recorded),
                 num_experts=_num_experts(name, module),
                 matrices=matrices,
                 is_swiglu=_is_swiglu(module),
@@ -84,15 +86,15 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     return layers
 
 
-def build_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+def build_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of `config` (see `auto_class`) with every parameter on the meta device, in the config's dtype.
 
     Raises UnsupportedModelError where transformers has no such architecture or needs code from the checkpoint.
     """
     try:
         with torch.device("meta"), initialization.no_init_weights(), initialization.meta_device_safe_creation_ops():
-            model = auto_class(config).from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
             f"model type {config.model_type!r} cannot be built by the installed transformers "
@@ -195,14 +197,15 @@ def _find_router(block: nn.Module, experts: nn.Module, recorded: tuple[type[nn.M
 
 def _refuse_others(model: PreTrainedModel, modules: dict[str, nn.Module], layers: list[MoELayer]) -> None:
     """Experts that are not behind the interface would be loaded whole; a model without any experts is dense."""
-    resident = (adaptation(model) or Adaptation()).resident
-    inside = tuple(name + "." for name in (*(layer.name for layer in layers), *resident))
+    done = adaptation(model) or Adaptation()
+    inside = tuple(name + "." for name in (*(layer.name for layer in layers), *done.resident))
     for name, module in modules.items():
-        known = _is_experts(module) or name in resident or name.startswith(inside)
-        if not known and name.rpartition(".")[2] in ("experts", "local_experts") and list(module.parameters()):
+        known = _is_experts(module) or name in done.resident or name.startswith(inside)
+        if not known and name.rpartition(".")[2] in LIST_NAMES and list(module.parameters()):
             raise UnsupportedModelError(
-                f"model type {model.config.model_type!r} keeps experts outside transformers' experts interface "
-                f"({name} is a {type(module).__name__}): use a family whose experts are stacked parameters"
+                f"model type {model.config.model_type!r} keeps experts outside transformers' experts interface: "
+                f"{name} is a {type(module).__name__} {_broken_contract(name, module, done)}; docs/adding-a-family.md "
+                "says what an adapter must do"
             )
     if layers:
         return
@@ -210,9 +213,22 @@ def _refuse_others(model: PreTrainedModel, modules: dict[str, nn.Module], layers
     if any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_COUNTS):
         raise UnsupportedModelError(
             f"model type {model.config.model_type!r} has experts that no module exposes through transformers' "
-            "experts interface: use a family whose experts are stacked parameters"
+            "experts interface (contract 1: one experts module a layer, weights stacked); docs/adding-a-family.md says "
+            "what an adapter must do"
         )
     raise NotMoEError(
         f"model type {model.config.model_type!r} has no experts: fate runs Mixture-of-Experts models, "
         "load this one with transformers itself"
     )
+
+
+def _broken_contract(name: str, module: nn.Module, done: Adaptation) -> str:
+    """Which of the three contracts of docs/adding-a-family.md an experts module breaks."""
+    if name in done.unknown:
+        return f"that cannot be recognised: {done.unknown[name]} (contract 1: weights stacked, or experts in a list)"
+    if "down_proj" not in module._parameters:
+        return "without stacked gate_up_proj or up_proj, and down_proj (contract 1)"
+    parameters = list(inspect.signature(type(module).forward).parameters)
+    if len(parameters) != 4:
+        return f"whose forward takes ({', '.join(parameters[1:])}), not hidden states, indices, weights (contract 2)"
+    return "whose class is not declared with @use_experts_implementation (contract 1)"

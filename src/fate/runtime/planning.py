@@ -93,12 +93,15 @@ def _kv_bytes(model: PreTrainedModel, envelope: Envelope) -> int:
                 both = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
                 layers = [*both.self_attention_cache.layers, *both.cross_attention_cache.layers]
             else:
-                layers = model(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
+                cache: Any = getattr(model(ids, use_cache=True, logits_to_keep=1), "past_key_values", None)
+                if not hasattr(cache, "layers"):
+                    raise NotImplementedError("a cache of the model's own kind, or none")
+                layers = cache.layers
         return sum(t.numel() * t.element_size() for layer in layers for t in _tensors(vars(layer)))
 
     try:
         two, three = cache_bytes(2), cache_bytes(3)
-    except (RuntimeError, NotImplementedError):  # its forward asks for values, which the meta device does not have
+    except (RuntimeError, NotImplementedError):  # or its forward asks for values, of which there are none
         return envelope.max_batch * envelope.max_context * _ordinary_kv_bytes(model)
     return envelope.max_batch * (two - 2 * (three - two) + (three - two) * envelope.max_context)
 

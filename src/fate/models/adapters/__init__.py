@@ -20,14 +20,18 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 @dataclass
 class Adaptation:
-    """What adapters did to a model. transforms: how its checkpoints' tensors are named and converted, after what
-    transformers itself knows. resident: names of experts modules that stay dense on purpose. top_k: experts a token
-    uses, where the config does not say. note: what a user should know."""
+    """What adapters did to a model.
+
+    transforms: how its checkpoints' tensors are named and converted, after what transformers itself knows. resident:
+    names of experts modules that stay dense on purpose. top_k: experts a token uses, where the config does not say.
+    note: what a user should know. unknown: names of experts modules that could not be recognised, and why.
+    """
 
     transforms: list[WeightConverter | WeightRenaming] = field(default_factory=list)
     resident: set[str] = field(default_factory=set)
     top_k: int | None = None
     note: str = ""
+    unknown: dict[str, str] = field(default_factory=dict)
 
 
 class Adapter(Protocol):
@@ -44,6 +48,7 @@ def adapt(model: PreTrainedModel) -> Adaptation:
         types = {module.config.model_type for module in model.modules() if isinstance(module, PreTrainedModel)}
         for adapter in filter(None, map(find_adapter, sorted(types))):
             adapter.adapt(model, done)
+        importlib.import_module(f"{__name__}.module_list").adapt(model, done)  # whatever the model's type
         object.__setattr__(model, "_fate_adaptation", done)
     return done
 

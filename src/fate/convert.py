@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -39,6 +39,7 @@ from fate.store.format import (
 )
 from fate.store.plan import StorePlan, packed_layout, plan_store
 from fate.store.quantized import open_checkpoint
+from fate.store.quantized.gguf import gguf_config, gguf_tokenizer_files, is_gguf
 from fate.store.reader import PACKED_FILE, is_store
 from fate.store.tensorfile import TensorEntry
 from fate.store.writer import StoreWriter
@@ -206,8 +207,11 @@ def transformers_config(path: Path, trust_remote_code: bool = False) -> PreTrain
     Raises ModelNotFoundError where there is none, CheckpointError where it is damaged, UnsupportedModelError where
     transformers does not know the model type.
     """
-    model_type = read_checkpoint_config(path).get("model_type")
+    from_gguf = is_gguf(path)
+    model_type = None if from_gguf else read_checkpoint_config(path).get("model_type")
     try:
+        if from_gguf:
+            return cast(PreTrainedConfig, gguf_config(path))
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
@@ -215,7 +219,7 @@ def transformers_config(path: Path, trust_remote_code: bool = False) -> PreTrain
             raise CheckpointError(
                 f"{path}/config.json is not a valid config of model type {model_type!r} ({reason}): download it again"
             ) from error
-        if "auto_map" not in read_checkpoint_config(path):
+        if from_gguf or "auto_map" not in read_checkpoint_config(path):
             fix = "use a model that it supports"
         elif trust_remote_code:
             fix = f"the code that comes with it does not run with it ({reason})"
@@ -228,10 +232,10 @@ def transformers_config(path: Path, trust_remote_code: bool = False) -> PreTrain
 
 def copied_files(path: Path, code: bool = False) -> dict[str, bytes]:
     """The tokenizer's, generation's and licence files of a checkpoint, and its code: relative name -> content."""
-    files = {
-        file for pattern in (*_COPIED, *(["*.py"] if code else [])) for file in path.glob(pattern) if file.is_file()
-    }
-    names = sorted(file.relative_to(path).as_posix() for file in files)
+    if is_gguf(path):
+        return gguf_tokenizer_files(path)
+    files = {file for pattern in (*_COPIED, *(["*.py"] if code else [])) for file in path.glob(pattern)}
+    names = sorted(file.relative_to(path).as_posix() for file in files if file.is_file())
     return {name: (path / name).read_bytes() for name in names if not name.endswith(".index.json")}
 
 

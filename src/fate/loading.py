@@ -23,7 +23,8 @@ from fate.runtime import quantizer as quantizer  # registers the store's format 
 from fate.runtime.assembly import LoadOptions
 from fate.runtime.planning import DEFAULT_PREFILL_CHUNK
 from fate.runtime.session import FateModel
-from fate.store.checkpoint import Checkpoint, resolve_source
+from fate.store.checkpoint import resolve_source
+from fate.store.quantized import open_checkpoint
 from fate.store.reader import is_store, read_config
 from fate.systems import EXACT, System, resolve_system
 from fate.transfer.memory import parse_link
@@ -131,7 +132,7 @@ def ensure_store(
 
 def _identity(source: Path) -> str:
     """What a cached store is known by: the checkpoint, and the tokenizer and other files kept beside it."""
-    with Checkpoint(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         digest = hashlib.sha256(checkpoint.fingerprint().encode())
     for name, content in copied_files(source).items():
         digest.update(name.encode() + b"\0" + content)

@@ -209,12 +209,12 @@ def read_checkpoint_config(path: Path) -> dict[str, Any]:
 
 
 def resolve_source(model: str | Path) -> Path:
-    """The local directory of `model`: itself if it is one, else the hub's snapshot (downloaded where needed).
+    """The local directory, or GGUF file, of `model`: itself if it is one, else the hub's, downloaded if need be.
 
     Raises ModelNotFoundError where `model` is neither, or the hub cannot be reached or refuses.
     """
     name, path = str(model), Path(model).expanduser()
-    if name and path.is_dir():
+    if name and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ModelNotFoundError(

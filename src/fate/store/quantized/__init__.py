@@ -18,6 +18,7 @@ import torch
 from fate.errors import UnsupportedModelError
 from fate.store.checkpoint import Checkpoint, read_checkpoint_config
 from fate.store.quantized import awq, fp8, gptq, mxfp4
+from fate.store.quantized.gguf import GgufCheckpoint, is_gguf
 from fate.store.quantized.virtual import Virtual
 
 Scheme = Callable[[Checkpoint, dict[str, Any]], dict[str, Virtual]]
@@ -27,10 +28,12 @@ SCHEMES: dict[str, Scheme] = {"fp8": fp8.find, "mxfp4": mxfp4.find, "gptq": gptq
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, dequantizing where its config says that it is quantized.
+    """The checkpoint at `path`, a directory or a GGUF file, dequantizing where its config says that it is quantized.
 
     Raises UnsupportedModelError for a method or a layout that is not known, and what `Checkpoint` raises.
     """
+    if is_gguf(path):
+        return GgufCheckpoint(path)
     settings = quantization_of(read_checkpoint_config(path))
     if settings is None:
         return Checkpoint(path)

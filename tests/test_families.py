@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sweep.check import check_family
-from sweep.discovery import find_adapted, find_families, find_family
+from sweep.discovery import find_adapted, find_composites, find_families, find_family
 from sweep.table import DOCUMENT, RESULTS, render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def test_discovery_finds_what_transformers_marks() -> None:
 def test_the_table_is_the_sweeps_result() -> None:
     result = json.loads((ROOT / RESULTS).read_text())
     assert {family["family"] for family in result["families"]} == {
-        family.name for family in (*find_families(), *find_adapted())
+        family.name for family in (*find_families(), *find_adapted(), *find_composites())
     }
     assert (ROOT / DOCUMENT).read_text() == render(result)
     assert [family["family"] for family in result["families"] if family["reason"]] == []

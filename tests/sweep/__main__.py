@@ -18,13 +18,15 @@ import torch
 import transformers
 
 from sweep.check import Outcome, check_family
-from sweep.discovery import find_adapted, find_families, find_family
+from sweep.discovery import find_adapted, find_composites, find_families, find_family
 from sweep.table import DOCUMENT, RESULTS, render
 
 
 def main(names: list[str]) -> int:
     _hush()
-    families = [find_family(name) for name in names] if names else [*find_families(), *find_adapted()]
+    families = (
+        [find_family(name) for name in names] if names else [*find_families(), *find_adapted(), *find_composites()]
+    )
     outcomes = []
     for family in families:
         start = time.perf_counter()

@@ -15,7 +15,8 @@ from transformers.integrations.moe import _default_apply_gate
 import fate
 from fate.convert import convert
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers, is_silu
-from fate.models.adapters import adapt, find_adapter
+from fate.models.adapters import adapt
+from fate.models.adapters.stacked import StackedExperts
 from fate.models.auto import auto_class
 from fate.runtime.session import FateModel
 from sweep.checkpoints import dequantize_experts, save_checkpoint
@@ -33,7 +34,8 @@ class Outcome:
     """What was found of one family. reason: why it fails; empty if it passes.
 
     raw_error: of fp32 records; packed_error: of INT4 records against transformers on the dequantized weights;
-    int4_error: of INT4 records and 8-bit dense weights against the checkpoint. All relative, of logits.
+    int4_error: of INT4 records and 8-bit dense weights against the checkpoint. All relative, of logits. same_bits:
+    whether INT4 logits are the same with the fewest experts in memory and with all.
     """
 
     family: str
@@ -44,6 +46,7 @@ class Outcome:
     packed_error: float | None = None
     int4_error: float | None = None
     same_text: bool | None = None
+    same_bits: bool | None = None
     recall: float | None = None
     early: bool = False
     notes: list[str] = field(default_factory=list)
@@ -75,8 +78,9 @@ def measure(family: Family, outcome: Outcome, folder: Path) -> None:
     outcome.auto = auto.__name__
     reference = auto.from_pretrained(checkpoint, experts_implementation="eager").eval()
     bare = build_meta_model(config)
-    outcome.notes = _notes(find_moe_layers(bare))
-    adapted = find_adapter(family.model_type) is not None
+    layers = find_moe_layers(bare)
+    outcome.notes = _notes(layers)
+    adapted = any(isinstance(layer.experts, StackedExperts) for layer in layers)
     if adapted:
         outcome.notes = ["adapter", *outcome.notes, *filter(None, [adapt(bare).note])]
     expected, text = _logits(reference), _text(reference)
@@ -93,8 +97,12 @@ def measure(family: Family, outcome: Outcome, folder: Path) -> None:
         outcome.early = model.fate._assembly.routes_early
         outcome.same_text = text is None or torch.equal(_text(model), text)
 
-    with _load(convert(checkpoint, folder / "default")) as model:
-        outcome.int4_error = _relative(_logits(model), expected).median().item()
+    default = convert(checkpoint, folder / "default")
+    with _load(default) as model:
+        few = _logits(model)
+    with _load(default, experts="100%") as model:
+        outcome.same_bits = torch.equal(_logits(model), few)
+    outcome.int4_error = _relative(few, expected).median().item()
     if adapted:  # transformers' own modules cannot take the dequantized matrices
         return
     packed = convert(checkpoint, folder / "packed", dense_bits=16)
@@ -112,12 +120,14 @@ def _reason(outcome: Outcome) -> str:
     for what, error, bound in bounds:
         if error is not None and not error < bound:
             return f"logits of {what} differ by {error}, the bound is {bound}"
+    if not outcome.same_bits:
+        return "other bits with all experts in memory"
     return "" if outcome.same_text else "greedy text differs"
 
 
-def _load(store: Path) -> FateModel:
-    """With the fewest experts in memory that a plan allows."""
-    return fate.load(store, experts=1, on_plan=lambda plan, system: None)
+def _load(store: Path, experts: int | str = 1) -> FateModel:
+    """With the fewest experts in memory that a plan allows, if not told otherwise."""
+    return fate.load(store, experts=experts, on_plan=lambda plan, system: None)
 
 
 def _notes(layers: list[MoELayer]) -> list[str]:

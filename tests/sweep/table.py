@@ -10,8 +10,9 @@ DOCUMENT = "docs/families.md"
 _HEAD = """\
 # Supported families
 
-Made by `make families` from [{results}]({link}); do not edit. {passed} of {total} families pass, with transformers \
-{transformers}.
+Made by `make families` from [{results}]({link}); do not edit. {passed} of {total} pass, with transformers \
+{transformers}: every family that uses its experts interface, those with an adapter, and models with images or sound \
+around one of them, of which the text path is proven.
 
 Each family is a tiny random checkpoint as hub repositories have them, converted, loaded with the fewest experts in \
 memory that a plan allows, and compared with transformers' own implementation, by the Auto class named:
@@ -20,7 +21,7 @@ memory that a plan allows, and compared with transformers' own implementation, b
 bit-identical. The greedy text is the same too.
 - *INT4 kernel*: INT4 records against transformers on the same weights dequantized, median token.
 - *INT4*: INT4 records and 8-bit dense weights (what `fate convert` makes) against the checkpoint, median token; \
-random models amplify rounding far more than trained ones.
+random models amplify rounding far more than trained ones. With all experts in memory the bits are the same.
 - *recall*: of the cross-layer gate on this random model, share of the experts needed that were its first choices. \
 Trained models are foretold far better; a dash: its router cannot be asked.
 - *early*: whether routing is known before another part of the block computes, so that loads can start then.

@@ -74,6 +74,7 @@ _SIZES: dict[str, Any] = {
     "depth": 2,
     "num_heads": 4,
     "out_hidden_size": 64,
+    "text_hidden_size": 64,
     "num_position_embeddings": 16,
 }
 # Only where the family has it switched on.
@@ -117,6 +118,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         }
     },
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "mlp_layer_types": _DENSE_FIRST}},
+    "llama4": {"vision_config": _TOWER},
     "llama4_text": {
         "intermediate_size": 48,
         "intermediate_size_mlp": 96,
@@ -132,6 +134,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "projector_hidden_size": 64,
     },
     "flint": {"mlp_layer_types": _DENSE_FIRST},
+    "gemma4": {
+        "text_config": {"pad_token_id": 0},
+        "vision_config": {**_TOWER, "position_embedding_size": 64},
+        "audio_config": {"output_proj_dims": 64, "num_hidden_layers": 1},
+    },
     "gemma4_text": {
         "enable_moe_block": True,
         "global_head_dim": 32,
@@ -222,7 +229,7 @@ def _settings(cls: type[PreTrainedConfig], own: dict[str, Any]) -> dict[str, Any
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     for name, part in cls.sub_configs.items():
         if isinstance(part, type) and issubclass(part, PreTrainedConfig) and part is not PreTrainedConfig:
-            settings[name] = _settings(part, own.get(name, {}))
+            settings[name] = _settings(part, {**_FAMILIES.get(part.model_type, {}), **own.get(name, {})})
     return {
         **settings,
         **{name: value for name, value in own.items() if name not in settings or name not in cls.sub_configs},

@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint directory or a hub id.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint directory, a GGUF file or a hub id.")],
     output: Annotated[Path | None, typer.Argument(metavar="OUT", help="The store. Default: SRC's name + .fate")] = None,
     expert_bits: Annotated[int, typer.Option(help="4 (nested INT4/INT2), 16 or 32 (raw).")] = 4,
     dense_bits: Annotated[int, typer.Option(help="4, 8 or 16.")] = 8,

@@ -11,7 +11,7 @@ from fate.errors import UsageError
 from fate.memory import parse_experts, parse_memory
 from fate.systems import resolve_system, system_names
 
-Model = Annotated[str, typer.Argument(help="A store, a checkpoint directory or a hub id.")]
+Model = Annotated[str, typer.Argument(help="A store, a checkpoint directory, a GGUF file or a hub id.")]
 Memory = Annotated[
     str | None,
     typer.Option(help="Peak resident memory of the whole process, e.g. 6GiB. Default: what is free less a margin."),

@@ -159,7 +159,8 @@ def test_a_run_is_accounted_for(system: str) -> None:
         assert decode.all_layers.total_s + decode.outside_s == pytest.approx(decode.stats.total_s)
         assert 0 < decode.outside_s < decode.stats.total_s
         if system == "cross-layer":
-            assert 0 < decode.all_saved_s <= decode.all_layers.prefetch_used_bytes / decode.link_bytes_per_s
+            most = decode.all_layers.prefetch_used_bytes / decode.link_bytes_per_s
+            assert 0 < decode.all_saved_s <= most * (1 + 1e-9), "no more than reading what was used takes"
             assert decode.gain_s() == pytest.approx(decode.all_saved_s - decode.cost_s())
             assert decode.cost_s() >= decode.all_layers.predict_s > 0
         else:

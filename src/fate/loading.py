@@ -121,7 +121,7 @@ def ensure_store(
         return path
     source = resolve_source(os.fspath(model))
     name = Path(model).name  # a hub id's last part; the snapshot directory it resolves to is called by a hash
-    store = cache_directory() / f"{name}-{_identity(source)[:12]}"
+    store = cache_directory() / f"{name}-{_identity(source, trust_remote_code)[:12]}"
     if is_store(store):
         return store
     try:
@@ -130,11 +130,14 @@ def ensure_store(
         return store
 
 
-def _identity(source: Path) -> str:
+def _identity(source: Path, trust_remote_code: bool) -> str:
     """What a cached store is known by: the checkpoint, and the tokenizer and other files kept beside it."""
     with open_checkpoint(source) as checkpoint:
         digest = hashlib.sha256(checkpoint.fingerprint().encode())
-    for name, content in copied_files(source).items():
+        own_code = trust_remote_code and "auto_map" in checkpoint.config
+    if own_code:  # the store runs that code, where it would else run what transformers has
+        digest.update(b"own code")
+    for name, content in copied_files(source, code=own_code).items():
         digest.update(name.encode() + b"\0" + content)
     return digest.hexdigest()
 

@@ -14,6 +14,7 @@ import fate
 from fate.convert import convert
 from fate.errors import UnsupportedModelError
 from fate.inspection import inspect_model
+from fate.loading import _identity
 from fate.models.adapters.module_list import _recognise
 
 EXPERT = """
@@ -130,6 +131,15 @@ def test_code_is_not_run_unasked(checkpoint: Path, tmp_path: Path) -> None:
     for call in (lambda: convert(checkpoint, tmp_path / "store"), lambda: inspect_model(checkpoint)):
         with pytest.raises(UnsupportedModelError, match=r"'own_moe'.*--trust-remote-code"):
             call()
+
+
+@pytest.mark.parametrize("checkpoint", [SWIGLU], indirect=True)
+def test_a_cached_store_is_known_by_the_code_it_runs(checkpoint: Path) -> None:
+    trusted = _identity(checkpoint, True)
+    assert trusted != _identity(checkpoint, False)
+    with (checkpoint / "modeling_own.py").open("a") as file:
+        file.write("# another version\n")
+    assert _identity(checkpoint, True) != trusted
 
 
 @pytest.mark.parametrize("checkpoint", [ODD], indirect=True)

@@ -28,7 +28,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 1000 * 1000  # the safetensors specification's own limit
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
-_DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+_DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
 _DO_NOT_DOWNLOAD = ["consolidated*", "original/*", "onnx/*", "metal/*"]
 _DTYPES = {
     "F64": torch.float64,

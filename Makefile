@@ -1,5 +1,6 @@
 # make demo    set up and generate text from the bundled model with a quarter of its experts resident
 # make test    set up and run the default test suite
+# make families  put every family that transformers knows to the proof and write docs/families.md
 # make check   formatting, lint, types and import layers
 # make slow    the tests marked slow
 # make clean   remove the environment, builds and caches
@@ -14,7 +15,7 @@ NATIVE := $(shell find src CMakeLists.txt -name CMakeLists.txt -o -name '*.cmake
 # The environment is this project's alone: nothing of the caller's may leak in.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: setup demo test check slow clean
+.PHONY: setup demo test check slow families clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -34,6 +35,9 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	@$(VENV)/bin/python -m pytest -q -m "slow and not cuda"
+
+families: $(INSTALLED)
+	@HF_HUB_OFFLINE=1 PYTHONPATH=tests $(VENV)/bin/python -m sweep
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

@@ -92,7 +92,7 @@ def _poison(source: Path) -> None:
         (_edit_config(num_experts=9), CheckpointError, r"mlp.gate.weight has shape .* says \[9, 64\]"),
         (_edit_config(num_hidden_layers=4, layer_types=None), CheckpointError, r"tensors are missing"),
         (_edit_config(num_hidden_layers=4), CheckpointError, r"not a valid config.*layer_types"),
-        (_edit_config(quantization_config={"quant_method": "gptq"}), UnsupportedModelError, "'gptq'"),
+        (_edit_config(quantization_config={"quant_method": "aqlm"}), UnsupportedModelError, "'aqlm'"),
         (_edit_config(model_type="unheard_of"), UnsupportedModelError, "'unheard_of'"),
         (_poison, CheckpointError, r"experts expert \d+.*NaN"),
     ],

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -38,6 +38,8 @@ from fate.store.format import (
     padded_cols,
 )
 from fate.store.plan import StorePlan, packed_layout, plan_store
+from fate.store.quantized import open_checkpoint
+from fate.store.quantized.gguf import gguf_config, gguf_tokenizer_files, is_gguf
 from fate.store.reader import PACKED_FILE, is_store
 from fate.store.tensorfile import TensorEntry
 from fate.store.writer import StoreWriter
@@ -58,10 +60,12 @@ def convert(
     dense_bits: int = 8,
     force: bool = False,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the checkpoint `src` (a directory or hub id) as a store at `out`, and return `out`.
 
     expert_bits: 4 (nested INT4/INT2), 16 (bf16 or fp16 as they are) or 32. dense_bits: 4, 8, or 16 to pack nothing.
+    trust_remote_code: run the model's own code where it comes with the checkpoint; the store keeps it.
     progress: called with (bytes written, bytes in all, what was written last). Stopping at any moment, by `kill -9`
     too, leaves `OUT.partial`, which the same call resumes.
 
@@ -80,9 +84,8 @@ def convert(
     if out.exists() and not is_store(out):
         raise UsageError(f"{out} exists and is not a store, so it is not replaced: choose another OUT or move it away")
     path = resolve_source(src)
-    refuse_quantized(path)
-    with Checkpoint(path) as checkpoint:
-        conversion = _Conversion(checkpoint, expert_bits, dense_bits)
+    with open_checkpoint(path) as checkpoint:
+        conversion = _Conversion(checkpoint, expert_bits, dense_bits, trust_remote_code)
         with StoreWriter(out, conversion.plan, force=force) as writer:
             conversion.run(writer, progress or (lambda done, total, what: None))
             return writer.finalize()
@@ -91,9 +94,10 @@ def convert(
 class _Conversion:
     """The plan of one conversion, and its execution item by item."""
 
-    def __init__(self, checkpoint: Checkpoint, expert_bits: int, dense_bits: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, expert_bits: int, dense_bits: int, trust_remote_code: bool) -> None:
         self._checkpoint = checkpoint
-        self._model = build_meta_model(read_config(checkpoint))
+        self._model = build_meta_model(read_config(checkpoint, trust_remote_code), trust_remote_code)
+        self._remote = trust_remote_code and self._model.is_custom_code()
         self._layers = find_moe_layers(self._model)
         self._stacked = {f"{layer.name}.{matrix.name}" for layer in self._layers for matrix in layer.matrices}
         self._recipes = plan_recipes(self._model, self._stacked, checkpoint)
@@ -163,7 +167,7 @@ class _Conversion:
         tensors = [TensorEntry(name, recipe.dtype, recipe.shape) for name, recipe in unstacked.items()]
         kinds = packable(self._model, self._layers) if dense_bits < 16 else {}
         ties = packed_ties(self._model, kinds)
-        files = copied_files(self._checkpoint.path)
+        files = copied_files(self._checkpoint.path, code=self._remote)
         return plan_store(header, dense_bits, tensors, kinds, ties, self._store_config(), files)
 
     def _expert_codec(self, expert_bits: int) -> str:
@@ -177,7 +181,7 @@ class _Conversion:
 
     def _store_config(self) -> dict[str, Any]:
         """The checkpoint's config.json, made to say what from_pretrained would otherwise find out from the weights."""
-        dropped = ("auto_map", "transformers_weights")
+        dropped = ("transformers_weights",) if self._remote else ("auto_map", "transformers_weights")
         config = {key: value for key, value in self._checkpoint.config.items() if key not in dropped}
         if config.get("dtype", config.get("torch_dtype")) is None:
             config["dtype"] = str(self._model.dtype).removeprefix("torch.")
@@ -186,50 +190,52 @@ class _Conversion:
         return config
 
 
-def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+def read_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The checkpoint's config with its dtype settled as `from_pretrained` does: the config's, else the weights'."""
-    config = transformers_config(checkpoint.path)
+    config = transformers_config(checkpoint.path, trust_remote_code)
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)  # its weights come dequantized
     text = config.get_text_config()
     dtype = text.dtype or config.dtype or _first_float_dtype(checkpoint)
     config.dtype = text.dtype = dtype
     return config
 
 
-def transformers_config(path: Path) -> PreTrainedConfig:
+def transformers_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """config.json of a checkpoint or store as transformers reads it.
 
     Raises ModelNotFoundError where there is none, CheckpointError where it is damaged, UnsupportedModelError where
     transformers does not know the model type.
     """
-    model_type = read_checkpoint_config(path).get("model_type")
+    from_gguf = is_gguf(path)
+    model_type = None if from_gguf else read_checkpoint_config(path).get("model_type")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        if from_gguf:
+            return cast(PreTrainedConfig, gguf_config(path))
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         if model_type in CONFIG_MAPPING:
             raise CheckpointError(
                 f"{path}/config.json is not a valid config of model type {model_type!r} ({reason}): download it again"
             ) from error
+        if from_gguf or "auto_map" not in read_checkpoint_config(path):
+            fix = "use a model that it supports"
+        elif trust_remote_code:
+            fix = f"the code that comes with it does not run with it ({reason})"
+        else:
+            fix = "its code comes with the checkpoint: pass trust_remote_code (--trust-remote-code) if you trust it"
         raise UnsupportedModelError(
-            f"{path} has model type {model_type!r}, which the installed transformers does not know: use a model that "
-            "it supports without remote code"
+            f"{path} has model type {model_type!r}, which the installed transformers does not know: {fix}"
         ) from error
 
 
-def refuse_quantized(path: Path) -> None:
-    """Raise UnsupportedModelError for a checkpoint whose weights are quantized already."""
-    config = read_checkpoint_config(path)
-    quantized = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "unknown")
-        fix = "it is a store already" if method == "fate" else "convert the unquantized checkpoint it was made from"
-        raise UnsupportedModelError(f"{path} is quantized (quant_method {method!r}): {fix}")
-
-
-def copied_files(path: Path) -> dict[str, bytes]:
-    """The tokenizer's, generation's and licence files of a checkpoint: relative name -> content."""
-    files = {file for pattern in _COPIED for file in path.glob(pattern) if file.is_file()}
-    names = sorted(file.relative_to(path).as_posix() for file in files)
+def copied_files(path: Path, code: bool = False) -> dict[str, bytes]:
+    """The tokenizer's, generation's and licence files of a checkpoint, and its code: relative name -> content."""
+    if is_gguf(path):
+        return gguf_tokenizer_files(path)
+    files = {file for pattern in (*_COPIED, *(["*.py"] if code else [])) for file in path.glob(pattern)}
+    names = sorted(file.relative_to(path).as_posix() for file in files if file.is_file())
     return {name: (path / name).read_bytes() for name in names if not name.endswith(".index.json")}
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fate.convert import read_config, refuse_quantized, transformers_config
+from fate.convert import read_config, transformers_config
 from fate.core import Envelope
 from fate.memory import Needs
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.packable import packable
 from fate.runtime import planning
 from fate.runtime.backend import EXPERTS_FUNCTION
-from fate.store.checkpoint import Checkpoint
 from fate.store.format import LayerSpec, MatrixSpec, RecordLayout, StoreHeader
+from fate.store.quantized import open_checkpoint
 from fate.store.reader import StoreReader, is_store
 
 
@@ -47,20 +47,21 @@ class Inspection:
         return sum(layer.num_experts * sum(m.weights for m in layer.matrices) for layer in self.header.layers)
 
 
-def inspect_model(path: Path, max_context: int | None = None, dense_bits: int = 8) -> Inspection:
+def inspect_model(
+    path: Path, max_context: int | None = None, dense_bits: int = 8, trust_remote_code: bool = False
+) -> Inspection:
     """Raises the same errors loading would: NotMoEError, UnsupportedModelError, CheckpointError, StoreError."""
     stored = is_store(path)
     if stored:
         reader = StoreReader(path)  # first: a damaged store is named as one
         reader.close()
         header, dense = reader.header, planning.dense_bytes(path)
-        config = transformers_config(path)
+        config = transformers_config(path, trust_remote_code)
         del config.quantization_config
     else:
-        refuse_quantized(path)
-        with Checkpoint(path) as checkpoint:
-            config = read_config(checkpoint)
-    model = meta_model(config)
+        with open_checkpoint(path) as checkpoint:
+            config = read_config(checkpoint, trust_remote_code)
+    model = meta_model(config, trust_remote_code)
     layers = find_moe_layers(model)
     if not stored:
         specs = tuple(LayerSpec(layer.name, layer.num_experts, layer.matrices) for layer in layers)
@@ -72,10 +73,10 @@ def inspect_model(path: Path, max_context: int | None = None, dense_bits: int = 
     return Inspection(path, stored, config.model_type, header.codec, layers, header, top_k, dense, needs, envelope)
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model on the meta device with our experts function, which only passes shapes there."""
     config._experts_implementation = EXPERTS_FUNCTION
-    return build_meta_model(config)
+    return build_meta_model(config, trust_remote_code)
 
 
 def _packed_dense_bytes(model: PreTrainedModel, layers: list[MoELayer], dense_bits: int) -> int:

@@ -10,19 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fate.convert import convert, copied_files, transformers_config
 from fate.directories import cache_directory
 from fate.errors import OutputExistsError, StoreError, UsageError
 from fate.memory import MemoryPlan, format_bytes, parse_experts, parse_memory
+from fate.models.auto import auto_class
 from fate.profile import read_profile, write_profile
 from fate.profiling import SAMPLE_TEXT, measure
 from fate.runtime import quantizer as quantizer  # registers the store's format with transformers
 from fate.runtime.assembly import LoadOptions
 from fate.runtime.planning import DEFAULT_PREFILL_CHUNK
 from fate.runtime.session import FateModel
-from fate.store.checkpoint import Checkpoint, resolve_source
+from fate.store.checkpoint import resolve_source
+from fate.store.quantized import open_checkpoint
 from fate.store.reader import is_store, read_config
 from fate.systems import EXACT, System, resolve_system
 from fate.transfer.memory import parse_link
@@ -42,6 +44,7 @@ def load(
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     logit_rows: int | None = None,
     link: str | float | None = None,
+    trust_remote_code: bool = False,
     on_plan: Callable[[MemoryPlan, System], None] | None = None,
     on_convert: Progress | None = None,
 ) -> FateModel:
@@ -54,7 +57,8 @@ def load(
     the fastest. max_context, max_batch,
     prefill_chunk (tokens a forward) and logit_rows bound what the plan covers; beyond them a call raises
     EnvelopeError. link: serve the records from a copy in memory at this speed ("12GB/s") instead of from the disk, to
-    see how another machine would fare (the copy is a row of the plan). on_plan is called before anything is allocated;
+    see how another machine would fare (the copy is a row of the plan). trust_remote_code: run the code of a model that
+    brings its own. on_plan is called before anything is allocated;
     by default the plan goes to standard error.
 
     Returns the transformers model; `model.fate` has `stats()`, `plan` and `close()`, and `with` closes it.
@@ -82,11 +86,14 @@ def load(
         link,
         on_plan or print_plan,
     )
-    store = ensure_store(model, on_convert)
+    store = ensure_store(model, on_convert, trust_remote_code)
     stored = read_config(store)["quantization_config"]
-    config = transformers_config(store)
+    config = transformers_config(store, trust_remote_code)
     config.quantization_config = {**stored, "load_options": options}
-    loaded = cast(FateModel, AutoModelForCausalLM.from_pretrained(store, config=config, dtype="auto"))
+    loaded = cast(
+        FateModel,
+        auto_class(config).from_pretrained(store, config=config, dtype="auto", trust_remote_code=trust_remote_code),
+    )
     if loaded.fate.system != wanted:
         ensure_profile(loaded)
         loaded.fate.reconfigure(system=wanted, experts=experts, link=link)
@@ -106,26 +113,31 @@ def ensure_profile(model: FateModel) -> None:
     model.fate.use_profile(profile)
 
 
-def ensure_store(model: str | os.PathLike[str], on_convert: Progress | None = None) -> Path:
+def ensure_store(
+    model: str | os.PathLike[str], on_convert: Progress | None = None, trust_remote_code: bool = False
+) -> Path:
     """The store of `model`: itself, or its checkpoint converted (once, with the default options) into the cache."""
     if is_store(path := Path(model).expanduser()):
         return path
     source = resolve_source(os.fspath(model))
     name = Path(model).name  # a hub id's last part; the snapshot directory it resolves to is called by a hash
-    store = cache_directory() / f"{name}-{_identity(source)[:12]}"
+    store = cache_directory() / f"{name}-{_identity(source, trust_remote_code)[:12]}"
     if is_store(store):
         return store
     try:
-        return convert(source, store, progress=on_convert)
+        return convert(source, store, progress=on_convert, trust_remote_code=trust_remote_code)
     except OutputExistsError:  # another process has made it in the meantime
         return store
 
 
-def _identity(source: Path) -> str:
+def _identity(source: Path, trust_remote_code: bool) -> str:
     """What a cached store is known by: the checkpoint, and the tokenizer and other files kept beside it."""
-    with Checkpoint(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         digest = hashlib.sha256(checkpoint.fingerprint().encode())
-    for name, content in copied_files(source).items():
+        own_code = trust_remote_code and "auto_map" in checkpoint.config
+    if own_code:  # the store runs that code, where it would else run what transformers has
+        digest.update(b"own code")
+    for name, content in copied_files(source, code=own_code).items():
         digest.update(name.encode() + b"\0" + content)
     return digest.hexdigest()
 

@@ -68,9 +68,9 @@ BAD_SOURCES = {
         r"has no config\.json: give the directory of",
     ),
     "quantized": (
-        lambda path: changed(path, lambda p: edit_config(p, quantization_config={"quant_method": "gptq"})),
+        lambda path: changed(path, lambda p: edit_config(p, quantization_config={"quant_method": "aqlm"})),
         2,
-        r"'gptq'\): convert the unquantized checkpoint",
+        r"'aqlm'\): known are .*; convert the unquantized checkpoint",
     ),
 }
 

@@ -46,6 +46,7 @@ def chat(
     top_k: options.TopK = 0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Talk with MODEL inside a memory budget; lines of standard input where it is no terminal."""
@@ -59,7 +60,7 @@ def chat(
     from fate.loading import ensure_store, load, load_tokenizer
 
     with byte_progress() as bar:
-        store = ensure_store(model, bar)
+        store = ensure_store(model, bar, trust_remote_code)
     prompts = Prompts(load_tokenizer(store), system_prompt)
 
     def on_plan(plan: MemoryPlan, chosen: System) -> None:
@@ -68,6 +69,7 @@ def chat(
             print_plan(plan, chosen)
 
     limits: dict[str, Any] = {"memory": memory, "experts": experts, "max_context": max_context}
+    limits["trust_remote_code"] = trust_remote_code
     with load(store, system=system, on_plan=on_plan, **limits) as loaded:
         if seed is not None:
             torch.manual_seed(seed)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fate.cli import options
 from fate.cli.output import byte_progress, directory_bytes, err, out
 from fate.memory import format_bytes
 
@@ -17,11 +18,12 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint directory or a hub id.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint directory, a GGUF file or a hub id.")],
     output: Annotated[Path | None, typer.Argument(metavar="OUT", help="The store. Default: SRC's name + .fate")] = None,
     expert_bits: Annotated[int, typer.Option(help="4 (nested INT4/INT2), 16 or 32 (raw).")] = 4,
     dense_bits: Annotated[int, typer.Option(help="4, 8 or 16.")] = 8,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Convert a Hugging Face MoE checkpoint into a store, one expert at a time; safe to stop and resume."""
     from fate.convert import convert as convert_checkpoint
@@ -32,7 +34,13 @@ def convert(
     try:
         with byte_progress() as bar:
             store = convert_checkpoint(
-                path, target, expert_bits=expert_bits, dense_bits=dense_bits, force=force, progress=bar
+                path,
+                target,
+                expert_bits=expert_bits,
+                dense_bits=dense_bits,
+                force=force,
+                progress=bar,
+                trust_remote_code=trust_remote_code,
             )
     except KeyboardInterrupt:
         err.print("stopped: the same command goes on from here")

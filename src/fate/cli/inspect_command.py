@@ -36,6 +36,7 @@ def inspect(
         int | None, typer.Option(min=2, help=f"Only so many tokens of the text. Default: {_DEFAULT_TOKENS}.")
     ] = None,
     max_context: options.MaxContext = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Family, layers, experts, bytes at each precision, bits per weight, smallest legal budget."""
@@ -51,7 +52,7 @@ def inspect(
     path = Path(model) if is_store(model) else resolve_source(model)
     with suppress(FateError):
         load_tokenizer(path)  # resident in `fate run` too, and not small where the vocabulary is large
-    found = inspect_model(path, max_context)
+    found = inspect_model(path, max_context, trust_remote_code=trust_remote_code)
     report = _report(found)
     print_facts(_rows(found, report))
     if content is not None:

@@ -11,7 +11,7 @@ from fate.errors import UsageError
 from fate.memory import parse_experts, parse_memory
 from fate.systems import resolve_system, system_names
 
-Model = Annotated[str, typer.Argument(help="A store, a checkpoint directory or a hub id.")]
+Model = Annotated[str, typer.Argument(help="A store, a checkpoint directory, a GGUF file or a hub id.")]
 Memory = Annotated[
     str | None,
     typer.Option(help="Peak resident memory of the whole process, e.g. 6GiB. Default: what is free less a margin."),
@@ -28,6 +28,9 @@ TopK = Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0: a
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens already used become less likely.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampler.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code of a model that brings its own.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No plan, no summary.")]
 
 

@@ -36,6 +36,7 @@ def run(
         bool, typer.Option("--explain", help="Say of each MoE layer where its time and bytes went.")
     ] = False,
     json: options.Json = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Continue PROMPT with MODEL inside a memory budget."""
@@ -53,7 +54,7 @@ def run(
     from fate.runtime.generation import check_envelope
 
     with byte_progress() as bar:
-        store = ensure_store(model, bar)
+        store = ensure_store(model, bar, trust_remote_code)
     tokenizer = load_tokenizer(store)
     ids = _encode(tokenizer, prompt, chat)
 
@@ -63,6 +64,7 @@ def run(
             print_plan(plan, chosen)
 
     limits: dict[str, Any] = {"memory": memory, "experts": experts, "max_context": max_context}
+    limits["trust_remote_code"] = trust_remote_code
     with load(store, system=system, on_plan=on_plan, **limits) as loaded:
         if seed is not None:
             torch.manual_seed(seed)

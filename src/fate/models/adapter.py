@@ -11,16 +11,20 @@ reads or changes a weight, so a model on the meta device does.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from fate.errors import NotMoEError, UnsupportedModelError
+from fate.models.adapters import Adaptation, adapt, adaptation
+from fate.models.adapters.module_list import LIST_NAMES
+from fate.models.auto import auto_class
 from fate.store.format import MatrixSpec
 
 _INTERFACE = ("is_transposed", "is_concatenated", "has_gate", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
@@ -33,6 +37,7 @@ class MoELayer:
 
     matrices: `[rows = output, cols = reduction]` whatever the module's `is_transposed`; empty when the module's
     weights have been dropped. is_swiglu: gate and up are concatenated, SiLU gated, without bias or post norm.
+    aliases: other experts modules tied to this one's weights (a decoder's to its encoder's).
     """
 
     index: int
@@ -44,6 +49,7 @@ class MoELayer:
     num_experts: int
     matrices: tuple[MatrixSpec, ...]
     is_swiglu: bool
+    aliases: tuple[nn.Module, ...] = ()
 
 
 def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
@@ -54,8 +60,10 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     recorded = _recorded_router_classes(model)
     modules = dict(model.named_modules())
     layers: list[MoELayer] = []
+    aliases = _tied_experts(model, modules)
+    tied = {id(alias) for group in aliases.values() for alias in group}
     for name, module in modules.items():
-        if not _is_experts(module):
+        if not _is_experts(module) or id(module) in tied:
             continue
         block_name = name.rpartition(".")[0]
         block = modules[block_name]
@@ -67,31 +75,43 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
                 experts=module,
                 block_name=block_name,
                 block=block,
-                router=_find_router(block, module, recorded),
+                router=None if hasattr(module, "asks_one_by_one") else _find_router(block, module, recorded),
                 num_experts=_num_experts(name, module),
                 matrices=matrices,
                 is_swiglu=_is_swiglu(module),
+                aliases=tuple(aliases.get(name, ())),
             )
         )
     _refuse_others(model, modules, layers)
     return layers
 
 
-def build_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of `config` with every parameter on the meta device, in the config's dtype.
+def build_meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of `config` (see `auto_class`) with every parameter on the meta device, in the config's dtype.
 
     Raises UnsupportedModelError where transformers has no such architecture or needs code from the checkpoint.
     """
     try:
         with torch.device("meta"), initialization.no_init_weights(), initialization.meta_device_safe_creation_ops():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} cannot be built as a causal language model by the installed "
-            f"transformers ({reason}): use a model that transformers supports without remote code"
+            f"model type {config.model_type!r} cannot be built by the installed transformers "
+            f" ({reason}): use a model that transformers supports without remote code"
         ) from error
-    return model.eval()
+    adapt(model)
+    return cast(PreTrainedModel, model.eval())
+
+
+def _tied_experts(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """Name of an experts module -> those whose weights are tied to its own."""
+    tied: dict[str, list[nn.Module]] = {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        name, _, weight = target.rpartition(".")
+        if weight == "down_proj" and _is_experts(modules[name]):
+            tied.setdefault(source.rpartition(".")[0], []).append(modules[name])
+    return tied
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -139,9 +159,13 @@ def _is_swiglu(module: nn.Module) -> bool:
         and module.is_concatenated
         and not module.has_bias
         and not module.has_post_expert_norm
-        and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
+        and is_silu(getattr(module, "act_fn", None))
         and getattr(type(module), "_apply_gate", None) is _default_apply_gate
     )
+
+
+def is_silu(activation: object) -> bool:
+    return isinstance(activation, nn.SiLU | SiLUActivation) or activation is nn.functional.silu
 
 
 def _recorded_router_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:
@@ -173,13 +197,15 @@ def _find_router(block: nn.Module, experts: nn.Module, recorded: tuple[type[nn.M
 
 def _refuse_others(model: PreTrainedModel, modules: dict[str, nn.Module], layers: list[MoELayer]) -> None:
     """Experts that are not behind the interface would be loaded whole; a model without any experts is dense."""
-    inside = tuple(layer.name + "." for layer in layers)
+    done = adaptation(model) or Adaptation()
+    inside = tuple(name + "." for name in (*(layer.name for layer in layers), *done.resident))
     for name, module in modules.items():
-        known = _is_experts(module) or name.startswith(inside)
-        if not known and name.rpartition(".")[2] in ("experts", "local_experts") and list(module.parameters()):
+        known = _is_experts(module) or name in done.resident or name.startswith(inside)
+        if not known and name.rpartition(".")[2] in LIST_NAMES and list(module.parameters()):
             raise UnsupportedModelError(
-                f"model type {model.config.model_type!r} keeps experts outside transformers' experts interface "
-                f"({name} is a {type(module).__name__}): use a family whose experts are stacked parameters"
+                f"model type {model.config.model_type!r} keeps experts outside transformers' experts interface: "
+                f"{name} is a {type(module).__name__} {_broken_contract(name, module, done)}; docs/adding-a-family.md "
+                "says what an adapter must do"
             )
     if layers:
         return
@@ -187,9 +213,22 @@ def _refuse_others(model: PreTrainedModel, modules: dict[str, nn.Module], layers
     if any((getattr(config, key, None) or 0) > 1 for key in _EXPERT_COUNTS):
         raise UnsupportedModelError(
             f"model type {model.config.model_type!r} has experts that no module exposes through transformers' "
-            "experts interface: use a family whose experts are stacked parameters"
+            "experts interface (contract 1: one experts module a layer, weights stacked); docs/adding-a-family.md says "
+            "what an adapter must do"
         )
     raise NotMoEError(
         f"model type {model.config.model_type!r} has no experts: fate runs Mixture-of-Experts models, "
         "load this one with transformers itself"
     )
+
+
+def _broken_contract(name: str, module: nn.Module, done: Adaptation) -> str:
+    """Which of the three contracts of docs/adding-a-family.md an experts module breaks."""
+    if name in done.unknown:
+        return f"that cannot be recognised: {done.unknown[name]} (contract 1: weights stacked, or experts in a list)"
+    if "down_proj" not in module._parameters:
+        return "without stacked gate_up_proj or up_proj, and down_proj (contract 1)"
+    parameters = list(inspect.signature(type(module).forward).parameters)
+    if len(parameters) != 4:
+        return f"whose forward takes ({', '.join(parameters[1:])}), not hidden states, indices, weights (contract 2)"
+    return "whose class is not declared with @use_experts_implementation (contract 1)"

@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 )
 
 from fate.errors import CheckpointError, UnsupportedModelError
+from fate.models.adapters import adapt
 from fate.store.checkpoint import Checkpoint
 
 Reader = Callable[[str], torch.Tensor]
@@ -65,9 +66,18 @@ class Source:
         made = converter.convert(self.name, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def one_expert(self, expert: int) -> Source:
-        """This source narrowed to one expert's tensors, for checkpoints that store experts apart."""
-        return Source(self.name, self.converter, {pattern: (keys[expert],) for pattern, keys in self.keys.items()})
+    def one_expert(self, expert: int, num_experts: int) -> Source:
+        """This source narrowed to one expert's tensors, for checkpoints that store experts apart. A list that is split
+        between several parameters, each of `num_experts`, keeps one for each of them."""
+        several = self.converter is not None and len(self.converter.target_patterns) > 1
+        stop = None if several else expert + 1
+        kept = {pattern: keys[expert:stop:num_experts] for pattern, keys in self.keys.items()}
+        return Source(self.name, self.converter, kept)
+
+    def parameters(self, read: Reader, model: PreTrainedModel) -> list[str]:
+        """The names of all parameters that it makes."""
+        several = self.converter is not None and len(self.converter.target_patterns) > 1
+        return list(self.make(read, model)) if several else [self.name]
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class KeyMap:
 
 def map_checkpoint(model: PreTrainedModel, keys: Iterable[str]) -> KeyMap:
     """Group checkpoint keys by the parameter they make, exactly as transformers' loader does."""
-    transforms = get_model_conversion_mapping(model)
+    transforms = [*get_model_conversion_mapping(model), *adapt(model).transforms]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -139,7 +149,8 @@ def plan_recipes(model: PreTrainedModel, stacked: Collection[str], checkpoint: C
     for source in key_map.sources.values():
         dtype = dtypes[source.name]
         if source.name in stacked:
-            recipes[source.name] = Recipe(source, source.name, dtype, tuple(state[source.name].shape))
+            for name in source.parameters(checkpoint.meta, model):
+                recipes[name] = Recipe(source, name, dtype, tuple(state[name].shape))
             continue
         with _conversion_errors(source):
             made = source.make(partial(_shape_only, checkpoint, dtype), model)
@@ -233,10 +244,11 @@ class ExpertSource:
         self._recipe, self._checkpoint, self._model = recipe, checkpoint, model
         source, shape = recipe.source, recipe.shape
         firsts = [checkpoint.shape(keys[0]) for keys in source.keys.values()]
-        self._apart = all(len(first) == len(shape) - 1 for first in firsts)
+        one_key = all(len(keys) == 1 for keys in source.keys.values())
+        self._apart = all(len(first) == len(shape) - 1 for first in firsts) and not (one_key and shape[0] > 1)
         if self._apart:
             self._check_counts()
-        elif not all(len(keys) == 1 for keys in source.keys.values()) or any(f[:1] != shape[:1] for f in firsts):
+        elif not one_key or any(not first or first[0] % shape[0] for first in firsts):
             raise UnsupportedModelError(
                 f"{source.name} cannot be made one expert at a time from {source.only_key} of shape {list(firsts[0])}: "
                 "use a checkpoint saved by transformers 5"
@@ -246,19 +258,23 @@ class ExpertSource:
     def make(self, expert: int, *, transpose: bool = False) -> torch.Tensor:
         """The expert's matrix, of the parameter's shape without its first dimension, or that transposed."""
         value = self._make(expert, self._checkpoint.read_rows)
-        return value.T.contiguous() if transpose else value
+        value = value.T if transpose else value
+        return value.reshape(-1).view(value.shape)  # torch calls a column contiguous whatever its strides
 
     def _make(self, expert: int, read_rows: Callable[[str, int, int], torch.Tensor]) -> torch.Tensor:
         source, shape = self._recipe.source, self._recipe.shape
         if self._apart:
-            source = source.one_expert(expert)
+            source = source.one_expert(expert, shape[0])
 
         def read(key: str) -> torch.Tensor:
-            rows = (0, self._checkpoint.shape(key)[0]) if self._apart else (expert, expert + 1)
-            return read_rows(key, *rows).to(self._recipe.dtype)
+            rows = self._checkpoint.shape(key)[0]
+            if not self._apart:  # of a stacked or flat tensor: its share of the rows
+                rows //= shape[0]
+            start = 0 if self._apart else expert * rows
+            return read_rows(key, start, start + rows).to(self._recipe.dtype)
 
         with _conversion_errors(source):
-            value = source.make(read, self._model)[self._recipe.made]
+            value = source.make(read, cast(Any, _OneExpert(self._model, shape)))[self._recipe.made]
         if value.shape != (1, *shape[1:]):
             raise CheckpointError(
                 f"{source.name}: expert {expert} has shape {list(value.shape[1:])}, the config says {list(shape[1:])}: "
@@ -267,12 +283,27 @@ class ExpertSource:
         return value[0]
 
     def _check_counts(self) -> None:
-        for pattern, keys in self._recipe.source.keys.items():
-            if len(keys) != self._recipe.shape[0]:
+        source = self._recipe.source
+        shared_by = len(source.converter.target_patterns) if source.converter else 1
+        spare = getattr(self._model.get_submodule(self._recipe.made.rpartition(".")[0]), "spare_keys", 0)
+        num_experts = self._recipe.shape[0]
+        for pattern, keys in source.keys.items():
+            if len(keys) not in (num_experts, num_experts * shared_by, num_experts + spare):
                 raise CheckpointError(
-                    f"{self._recipe.source.name} needs {self._recipe.shape[0]} tensors like {pattern}, the checkpoint "
+                    f"{source.name} needs {self._recipe.shape[0]} tensors like {pattern}, the checkpoint "
                     f"has {len(keys)}: download it again"
                 )
+
+
+class _OneExpert:
+    """`model` as a converter sees it that compares its tensors with the parameter they are for, of one expert."""
+
+    def __init__(self, model: PreTrainedModel, shape: tuple[int, ...]) -> None:
+        self.config = model.config
+        self._shape = (1, *shape[1:])
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty(self._shape, device="meta")
 
 
 @contextmanager

@@ -25,7 +25,11 @@ class _Packed(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight [rows, cols], a new tensor at every access."""
+        """The dequantized weight [rows, cols], a new tensor at every access; on the meta device until it is loaded, so
+        that a parent that initialises its children's weights does nothing."""
+        if not self.packed.numel():
+            spec = self.layout.matrices[0]
+            return torch.empty(spec.rows, spec.cols, dtype=self.dtype, device="meta")
         return dequantize(self.packed, self.layout, 0).to(self.dtype)
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ as the model's routing (`output_router_logits`). It gets the rank and the extra 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,14 @@ Ranked = tuple[tuple[int, float], ...]
 
 
 class RouterGate:
-    """`predict.base.Gate` over a transformers router returning (logits, weights, indices)."""
+    """`predict.base.Gate` over a transformers router returning (logits, weights, indices), or what `read` makes of
+    that."""
 
-    def __init__(self, router: nn.Module, num_experts: int) -> None:
+    def __init__(
+        self, router: nn.Module, num_experts: int, read: Callable[[Any], tuple[torch.Tensor, ...]] | None = None
+    ) -> None:
         self._router = router
+        self._read = read
         self._num_experts = num_experts
         self._seen: tuple[int, tuple[Any, ...], dict[str, Any]] | None = None
         self._broken = False
@@ -105,7 +110,8 @@ class RouterGate:
         shaped = flat if ndim == 2 else flat.reshape(*[1] * (ndim - 2), *flat.shape)
         try:
             with torch.no_grad():
-                logits, weights, indices = type(self._router).forward(self._router, shaped, *args, **kwargs)
+                answer = type(self._router).forward(self._router, shaped, *args, **kwargs)
+                logits, weights, indices = answer if self._read is None else self._read(answer)
                 if weights.numel() == indices.numel() and indices.shape[-1] <= self._num_experts:
                     return logits, weights, indices
             raise TypeError("it does not answer with (logits, weights, indices)")

@@ -74,7 +74,7 @@ class Assembly:
         self.top_k = top_k
         self._counts = [layer.num_experts for layer in reader.header.layers]
         self._layers = layers
-        self._gates = [RouterGate(layer.router, layer.num_experts) if layer.router else None for layer in layers]
+        self._gates = [_gate(layer) for layer in layers]
         self._runtimes: list[LayerRuntime] = []
         self._early: list[EarlyRouter] = []
 
@@ -86,13 +86,19 @@ class Assembly:
             system = system if self.profile is not None else resolve_system("load-on-demand")
         for layer, gate in zip(self._layers, self._gates, strict=True):
             runtime = LayerRuntime(layer, gate)
-            layer.experts.__dict__["fate_layer"] = runtime
+            for experts in (layer.experts, *layer.aliases):
+                experts.__dict__["fate_layer"] = runtime
             if layer.router is not None and gate is not None:
                 layer.router.register_forward_hook(runtime.on_router, with_kwargs=True)
                 self._early.append(EarlyRouter(layer, gate, runtime))
             self._runtimes.append(runtime)
         attention.adopt(model)
         attach(model, Session(self, self.build(system, plan, link), link))
+
+    @property
+    def routes_early(self) -> bool:
+        """Whether some block was seen to run another module before its router, which then can be asked first."""
+        return any(early.pays for early in self._early)
 
     def build(self, system: System, plan: MemoryPlan, link: float | None) -> Engine:
         """A new engine with an empty cache, which the model's layers use from now on. link: see `LoadOptions`."""
@@ -142,6 +148,12 @@ class Assembly:
         if self._records is None:
             self._records = MemoryRecords(self.reader)
         return PacedMemorySource(self._records, pool.view, self.link)
+
+
+def _gate(layer: MoELayer) -> RouterGate | None:
+    if layer.router is None:
+        return None
+    return RouterGate(layer.router, layer.num_experts, getattr(layer.experts, "read_router", None))
 
 
 def _announce(notes: list[str], note: str) -> None:

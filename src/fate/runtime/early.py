@@ -35,6 +35,11 @@ class EarlyRouter:
                 child.register_forward_pre_hook(self._on_other)
         layer.router.register_forward_pre_hook(self._on_router, with_kwargs=True)
 
+    @property
+    def pays(self) -> bool:
+        """Whether asking early gains time in this block; False until it has been watched once."""
+        return bool(self._pays)
+
     def _on_block(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(given, torch.Tensor):

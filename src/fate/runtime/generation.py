@@ -71,15 +71,22 @@ def _plan_call(model: Any, batch: int, tokens: int, kwargs: dict[str, Any]) -> N
     request = _Request(batch, tokens, {**_set_values(config or model.generation_config), **kwargs})
     request.check(session.envelope)
     if tokens > chunk:
+        if model.config.is_encoder_decoder:  # an encoder sees its input whole
+            check_envelope(session.envelope, batch=batch, tokens=tokens, context=tokens)
         request.check_chunks(session.envelope)
         if config is None:
             kwargs["prefill_chunk_size"] = chunk
         else:
             kwargs["generation_config"] = copy.deepcopy(config)
             kwargs["generation_config"].prefill_chunk_size = chunk
-    growing = model._supports_default_dynamic_cache() and not model.config.is_encoder_decoder
-    if growing and request.plain_cache and kwargs.get("past_key_values") is None:
+    if _takes_growing_cache(model) and request.plain_cache and kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = session.new_cache(model.config)
+
+
+def _takes_growing_cache(model: Any) -> bool:
+    """Whether `generate` would make a DynamicCache; a diffusion model's generation is of another kind."""
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    return supports is not None and supports() and not model.config.is_encoder_decoder
 
 
 def _set_values(config: Any) -> dict[str, Any]:
@@ -111,10 +118,17 @@ class _Request:
     def _assisted(self) -> bool:
         return any(self.options.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens"))
 
+    @property
+    def sequences(self) -> int:
+        """What one forward is given: each prompt as often as there are beams or answers to it."""
+        times = max(int(self.options.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
+        return self.batch * times
+
     def check(self, envelope: Envelope) -> None:
         kept = self.options.get("output_scores") or self.options.get("output_logits")
-        rows = self.batch * (self.limit - self.tokens) if kept else 0
-        check_envelope(envelope, batch=self.batch, tokens=min(self.tokens, 1), context=self.limit, logit_rows=rows)
+        rows = self.sequences * (self.limit - self.tokens) if kept else 0
+        tokens = min(self.tokens, 1)
+        check_envelope(envelope, batch=self.sequences, tokens=tokens, context=self.limit, logit_rows=rows)
 
     def check_chunks(self, envelope: Envelope) -> None:
         """A prompt longer than a forward may be is split, which some ways of generating do not allow."""

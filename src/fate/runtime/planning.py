@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.fx.experimental import _config
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fate.core import Envelope
 from fate.memory import MIB, Needs, resident_bytes
+from fate.models.adapters import Adaptation, adaptation
 from fate.store.format import StoreHeader
 from fate.store.reader import DENSE_FILE, PACKED_FILE
 
@@ -23,6 +26,8 @@ RUNTIME_HEADROOM_BYTES = 160 * MIB
 
 def top_k(model: PreTrainedModel) -> int:
     """Experts one token uses in one layer, by the config."""
+    if (adapted := (adaptation(model) or Adaptation()).top_k) is not None:
+        return adapted
     config = model.config.get_text_config()
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k"):
         if isinstance(value := getattr(config, name, None), int) and value > 0:
@@ -76,15 +81,36 @@ def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envel
 def _kv_bytes(model: PreTrainedModel, envelope: Envelope) -> int:
     """Bytes of the cache at the end of the envelope, by two forwards that move no data: what grows with each token,
     and what a sequence has from the start (the states of linear attention and convolutions)."""
+    if not model.can_generate():
+        return 0
+    settings: Any = _config  # torch's own switch for a `nonzero` of the meta device
 
     def cache_bytes(tokens: int) -> int:
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        with torch.no_grad(), torch.device("meta"):
-            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        return sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
+        with torch.no_grad(), torch.device("meta"), settings.patch(meta_nonzero_assume_all_nonzero=True):
+            if model.config.is_encoder_decoder:
+                encoded: Any = model.get_encoder()(ids)
+                both = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
+                layers = [*both.self_attention_cache.layers, *both.cross_attention_cache.layers]
+            else:
+                cache: Any = getattr(model(ids, use_cache=True, logits_to_keep=1), "past_key_values", None)
+                if not hasattr(cache, "layers"):
+                    raise NotImplementedError("a cache of the model's own kind, or none")
+                layers = cache.layers
+        return sum(t.numel() * t.element_size() for layer in layers for t in _tensors(vars(layer)))
 
-    two, three = cache_bytes(2), cache_bytes(3)
+    try:
+        two, three = cache_bytes(2), cache_bytes(3)
+    except (RuntimeError, NotImplementedError):  # or its forward asks for values, of which there are none
+        return envelope.max_batch * envelope.max_context * _ordinary_kv_bytes(model)
     return envelope.max_batch * (two - 2 * (three - two) + (three - two) * envelope.max_context)
+
+
+def _ordinary_kv_bytes(model: PreTrainedModel) -> int:
+    """Bytes a token of full attention in every layer: as much as any kind of layer keeps."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * int(config.num_hidden_layers * heads * _head_dim(config) * model.dtype.itemsize)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
@@ -123,7 +149,8 @@ def _buffer_bytes(model: PreTrainedModel, header: StoreHeader, envelope: Envelop
 
 def _head_dim(config: PreTrainedConfig) -> int:
     latent = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
-    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers: Any = getattr(config, "per_layer_config", None) or [config]
+    own = max(getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads for layer in layers)
     return max(latent, own, getattr(config, "v_head_dim", None) or 0)
 
 

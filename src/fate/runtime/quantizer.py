@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fate.errors import StoreMismatchError
 from fate.models.adapter import MoELayer, find_moe_layers
+from fate.models.adapters import adapt
 from fate.models.packed import PackedEmbedding, PackedLinear
 from fate.runtime.assembly import LoadOptions, assemble
 from fate.runtime.backend import EXPERTS_FUNCTION
@@ -58,13 +59,16 @@ class FateQuantizer(HfQuantizer):
     ) -> None:
         assert checkpoint_files is not None
         self._reader = StoreReader(Path(checkpoint_files[0]).parent)
+        adapt(model)
         self._layers = find_moe_layers(model)
         _check_geometry(self._layers, self._reader)
         self._start = assemble(model, self._layers, self._reader, self.quantization_config.load_options)
         for layer in self._layers:
-            for matrix in layer.matrices:  # the experts stay unallocated, and transformers must not initialise them
-                layer.experts._parameters[matrix.name] = None
-            layer.experts.__dict__["_is_hf_initialized"] = True
+            for experts in (layer.experts, *layer.aliases):
+                for matrix in layer.matrices:  # they stay unallocated
+                    experts._parameters[matrix.name] = None
+                experts.__dict__["_is_hf_initialized"] = True
+            layer.block.__dict__["_is_hf_initialized"] = True  # some blocks initialise their experts' weights
         self._replace_packed(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -96,7 +100,8 @@ class FateQuantizer(HfQuantizer):
             setattr(model.get_submodule(parent), leaf, new)
             self._packed[name] = new
         for key in list(model.all_tied_weights_keys):
-            if key.removesuffix(".weight") in self._packed:
+            module, _, name = key.rpartition(".")
+            if module in self._packed or model.get_submodule(module)._parameters.get(name) is None:
                 del model.all_tied_weights_keys[key]
 
     def is_serializable(self) -> bool:

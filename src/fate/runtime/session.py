@@ -190,6 +190,8 @@ class Session:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             ids = kwargs.get("inputs_embeds")
+        if kwargs.get("decoder_input_ids") is not None:  # what grows and gets logits, in an encoder-decoder model
+            ids = kwargs["decoder_input_ids"]
         if not isinstance(ids, torch.Tensor):
             return
         batch, tokens = ids.shape[0], ids.shape[1]
@@ -277,7 +279,9 @@ class FateModel(_Base):
 def attach(model: PreTrainedModel, session: Session) -> None:
     """Give `model` its session: a subclass of the same name, since a model may not be monkeypatched."""
     cls: Any = type(model)
-    body = {"generate": generate_within_plan(cls.generate), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    if hasattr(cls, "generate"):  # a classifier does not
+        body["generate"] = generate_within_plan(cls.generate)
     model.__class__ = type(cls.__name__, (FateModel, cls), body)
     object.__setattr__(model, "fate", session)
     object.__setattr__(model, "hf_device_map", {"": "cpu"})  # a pipeline must not move it to an accelerator

@@ -28,7 +28,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 1000 * 1000  # the safetensors specification's own limit
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
-_DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+_DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
 _DO_NOT_DOWNLOAD = ["consolidated*", "original/*", "onnx/*", "metal/*"]
 _DTYPES = {
     "F64": torch.float64,
@@ -209,12 +209,12 @@ def read_checkpoint_config(path: Path) -> dict[str, Any]:
 
 
 def resolve_source(model: str | Path) -> Path:
-    """The local directory of `model`: itself if it is one, else the hub's snapshot (downloaded where needed).
+    """The local directory, or GGUF file, of `model`: itself if it is one, else the hub's, downloaded if need be.
 
     Raises ModelNotFoundError where `model` is neither, or the hub cannot be reached or refuses.
     """
     name, path = str(model), Path(model).expanduser()
-    if name and path.is_dir():
+    if name and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ModelNotFoundError(

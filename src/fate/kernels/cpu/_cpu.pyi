@@ -47,6 +47,7 @@ def reduce_rows(
 def gather_rows(
     record: Record, index: int, packed: int, ids: int, count: int, dtype: int, out: int, threads: int
 ) -> None: ...
+def largest_magnitude(weights: int, dtype: int, pitch: int, rows: int, cols: int) -> float: ...
 def quantize_matrix(
     weights: int,
     dtype: int,

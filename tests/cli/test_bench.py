@@ -13,6 +13,7 @@ import pytest
 
 from cli_support import FAMILY, Cli, Refuse
 from fate.bench.comparison import SYSTEMS, Comparison
+from fate.bench.kernels import Limits
 from fate.bench.systems import SystemsBench
 from tiny import tiny_store
 
@@ -41,6 +42,32 @@ def test_text(cli: Cli, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(len(line) for line in result.out.splitlines()[:-1]) <= 80
     assert result.json["disk_read_gb_per_s"] == 2.5
     assert result.json["systems"]["cross-layer"]["decode_tokens_per_s"] > 0
+
+
+def test_kernels(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fate.bench.kernels._COLD_BYTES", 1 << 16)
+    monkeypatch.setattr("fate.bench.kernels._LEAST_S", 1e-4)
+    monkeypatch.setattr("fate.bench.kernels.machine_limits", lambda: Limits(2e9, 3e9))
+    result = cli("bench", "kernels", tiny_store(FAMILY), "--tokens", "1,3", "--repeats", 1, "--json")
+    assert result.code == 0, result.err
+    assert re.search(
+        r"^experts +8 x \[96, 64\], top 3 +INT2 +3 +[\d.]+ ms +[\d.]+ +\d+ +\d+% +[\d.]+%$", result.out, re.M
+    )
+    assert "reads 2.0 GB/s, int8 matrix product 3 GFLOP/s" in result.out
+    assert result.json["shapes"][tiny_store(FAMILY).name]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "give either MODEL or --shapes"),
+        (["store", "--shapes", "olmoe-1b-7b"], "give either MODEL or --shapes"),
+        (["--shapes", "gpt-5"], "unknown shape 'gpt-5': choose one of "),
+        (["--shapes", "olmoe-1b-7b", "--tokens", "1,0"], "tokens '1,0' is not valid"),
+    ],
+)
+def test_kernels_of_nothing(refuse: Refuse, argv: list[str], words: str) -> None:
+    assert words in refuse(2, "bench", "kernels", *argv)
 
 
 def test_systems(cli: Cli, text: Path, tmp_path: Path) -> None:

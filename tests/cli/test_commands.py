@@ -165,7 +165,7 @@ def test_eval(cli: Cli, tmp_path: Path) -> None:
 
 def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fate.diagnosis.disk_read_gb_per_s", lambda path: (True, 2.5))
-    monkeypatch.setattr("fate.diagnosis._memory_read_gb_per_s", lambda: 20.0)
+    monkeypatch.setattr("fate.diagnosis.memory_read_gb_per_s", lambda: 20.0)
     result = cli("doctor", "--path", tmp_path, "--json")
     assert result.code == 0, result.err
     assert re.search(r"^disk read +2\.5 GB/s$", result.out, re.M)

@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "fate.convert",
         "fate.synth",
         "fate.synth_routing",
+        "fate.synth_checkpoint",
         "fate.runtime",
         "fate.systems",
         "fate.diagnosis",

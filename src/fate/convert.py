@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -47,6 +48,7 @@ from fate.store.writer import StoreWriter
 EXPERT_BITS = (4, 16, 32)
 DENSE_BITS = (4, 8, 16)
 Progress = Callable[[int, int, str], None]
+T = TypeVar("T")
 
 _SLICE_BYTES = 32 * 1024**2  # of float32 rows of a dense matrix in memory at a time
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
@@ -107,17 +109,18 @@ class _Conversion:
 
     def run(self, writer: StoreWriter, progress: Progress) -> None:
         """Write every item that `writer` does not have yet."""
-        done, total = 0, self.plan.item_bytes
-        for layer in self._layers:
-            layout = self.plan.header.layout(layer.index)
-            for expert in range(layer.num_experts):
-                if not writer.has_record(layer.index, expert):
-                    matrices = {name: make(expert) for name, make in self._experts[layer.index].items()}
-                    with _damage(f"{layer.name} expert {expert}"):
-                        record = encode_record(matrices, layout)
-                    writer.write_record(layer.index, expert, record)
-                done += layout.record_bytes
-                progress(done, total, f"layer {layer.index} expert {expert}")
+        total = self.plan.item_bytes
+        experts = [(layer, expert) for layer in self._layers for expert in range(layer.num_experts)]
+        missing = [(layer, expert) for layer, expert in experts if not writer.has_record(layer.index, expert)]
+        sizes = [self.plan.header.layout(layer.index).record_bytes for layer in self._layers]
+        done = sum(sizes[layer.index] for layer, _ in experts) - sum(sizes[layer.index] for layer, _ in missing)
+        read = (partial(self._read_expert, layer, expert) for layer, expert in missing)
+        for (layer, expert), matrices in zip(missing, one_ahead(read)):
+            with _damage(f"{layer.name} expert {expert}"):
+                record = encode_record(matrices, self.plan.header.layout(layer.index))
+            writer.write_record(layer.index, expert, record)
+            done += sizes[layer.index]
+            progress(done, total, f"layer {layer.index} expert {expert}")
         for file, tensors in self.plan.tensor_files.items():
             for entry in tensors.entries:
                 if not writer.has_tensor(file, entry.key):
@@ -125,6 +128,9 @@ class _Conversion:
                         writer.write_tensor(file, entry.key, self._parts(file, entry.key))
                 done += entry.nbytes
                 progress(done, total, entry.key)
+
+    def _read_expert(self, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
+        return {name: make(expert) for name, make in self._experts[layer.index].items()}
 
     def _expert_matrices(self, layer: MoELayer) -> dict[str, Callable[[int], torch.Tensor]]:
         """Matrix name -> a function from expert to its matrix in canonical orientation, [rows, cols]."""
@@ -188,6 +194,18 @@ class _Conversion:
         if getattr(self._model.config, "tie_word_embeddings", False) and not self._model.all_tied_weights_keys:
             config["tie_word_embeddings"] = False  # the checkpoint holds two different matrices
         return config
+
+
+def one_ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results of `calls`, each made by another thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future[T] | None = None
+        for call in calls:
+            before, coming = coming, pool.submit(call)
+            if before is not None:
+                yield before.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def read_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedConfig:

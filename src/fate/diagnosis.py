@@ -34,7 +34,7 @@ def diagnose(path: Path) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         "memory_available": format_bytes(available_bytes()),
         "memory_cgroup_limit": format_bytes(limit) if (limit := cgroup_limit_bytes()) else "none",
-        "memory_read_gb_per_s": _memory_read_gb_per_s(),
+        "memory_read_gb_per_s": memory_read_gb_per_s(),
         "disk_read_gb_per_s": disk,
         "o_direct": "yes" if direct else "no: reads go through the page cache",
         "kernels": f"{active.name} ({active.detail})" if active.detail else active.name,
@@ -49,7 +49,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _memory_read_gb_per_s(size: int = 256 * MIB, repeats: int = 5) -> float:
+def memory_read_gb_per_s(size: int = 256 * MIB, repeats: int = 5) -> float:
     """Best of a few sums over memory far larger than the caches, all threads."""
     data = torch.ones(size // 8, dtype=torch.int64)
     best = float("inf")

@@ -99,16 +99,12 @@ def synth(
     see `synth_routing`. Memory stays under a few hundred MiB.
     Raises UnknownNameError, UsageError, OutputExistsError or DiskFullError.
     """
-    if name not in MODELS:
-        raise UnknownNameError("synthetic model", name, MODELS)
+    config = synth_config(name, num_layers)
     if dense_bits not in DENSE_BITS:
         raise UsageError(f"dense_bits={dense_bits}: choose from {DENSE_BITS}")
-    config = AutoConfig.for_model(
-        **{**_COMMON, **MODELS[name], **({"num_hidden_layers": num_layers} if num_layers else {})}
-    )
     shape = ROUTINGS.get(routing)(config)
     plan = _plan(config, seed, dense_bits, routing)
-    noise = _Noise(seed)
+    noise = Noise(seed)
     done, total = 0, plan.item_bytes
     with StoreWriter(Path(out), plan) as writer:
         for what, size in _write_items(writer, noise, shape):
@@ -116,6 +112,14 @@ def synth(
             if progress:
                 progress(done, total, what)
         return writer.finalize()
+
+
+def synth_config(name: str, num_layers: int | None = None) -> PreTrainedConfig:
+    """The configuration of `name`, of `num_layers` layers where given. Raises UnknownNameError."""
+    if name not in MODELS:
+        raise UnknownNameError("synthetic model", name, MODELS)
+    fewer = {"num_hidden_layers": num_layers} if num_layers else {}
+    return AutoConfig.for_model(**{**_COMMON, **MODELS[name], **fewer})
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -153,7 +157,7 @@ def pair_tokenizer() -> PreTrainedTokenizerFast:
     return _wrapped(tokenizer)
 
 
-class _Noise:
+class Noise:
     """Random bytes and normal numbers from pools drawn once; items differ by where in the pool they begin."""
 
     def __init__(self, seed: int) -> None:
@@ -197,7 +201,7 @@ def _cycled(pool: torch.Tensor, item: int, count: int) -> torch.Tensor:
     )
 
 
-def _write_items(writer: StoreWriter, noise: _Noise, shape: UniformRouting) -> Iterator[tuple[str, int]]:
+def _write_items(writer: StoreWriter, noise: Noise, shape: UniformRouting) -> Iterator[tuple[str, int]]:
     """Write what `writer` lacks; yields (what, bytes) after each item."""
     item = 0
     for layer, spec in enumerate(writer.plan.header.layers):
@@ -217,7 +221,7 @@ def _write_items(writer: StoreWriter, noise: _Noise, shape: UniformRouting) -> I
 
 
 def _tensor_parts(
-    entry: TensorEntry, packed: RecordLayout | None, item: int, noise: _Noise, shape: UniformRouting
+    entry: TensorEntry, packed: RecordLayout | None, item: int, noise: Noise, shape: UniformRouting
 ) -> Iterable[tuple[int, torch.Tensor]]:
     """(byte offset, piece) pairs of a tensor. packed: its layout where it is a packed matrix."""
     if packed is not None:

@@ -13,6 +13,7 @@ import pytest
 
 from cli_support import FAMILY, Cli, Refuse
 from fate.bench.comparison import SYSTEMS, Comparison
+from fate.bench.kernels import Limits
 from fate.bench.systems import SystemsBench
 from tiny import tiny_store
 
@@ -41,6 +42,32 @@ def test_text(cli: Cli, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(len(line) for line in result.out.splitlines()[:-1]) <= 80
     assert result.json["disk_read_gb_per_s"] == 2.5
     assert result.json["systems"]["cross-layer"]["decode_tokens_per_s"] > 0
+
+
+def test_kernels(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fate.bench.kernels._COLD_BYTES", 1 << 16)
+    monkeypatch.setattr("fate.bench.kernels._LEAST_S", 1e-4)
+    monkeypatch.setattr("fate.bench.kernels.machine_limits", lambda: Limits(2e9, 3e9))
+    result = cli("bench", "kernels", tiny_store(FAMILY), "--tokens", "1,3", "--repeats", 1, "--json")
+    assert result.code == 0, result.err
+    assert re.search(
+        r"^experts +8 x \[96, 64\], top 3 +INT2 +3 +[\d.]+ ms +[\d.]+ +\d+ +\d+% +[\d.]+%$", result.out, re.M
+    )
+    assert "reads 2.0 GB/s, int8 matrix product 3 GFLOP/s" in result.out
+    assert result.json["shapes"][tiny_store(FAMILY).name]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "give either MODEL or --shapes"),
+        (["store", "--shapes", "olmoe-1b-7b"], "give either MODEL or --shapes"),
+        (["--shapes", "gpt-5"], "unknown shape 'gpt-5': choose one of "),
+        (["--shapes", "olmoe-1b-7b", "--tokens", "1,0"], "tokens '1,0' is not valid"),
+    ],
+)
+def test_kernels_of_nothing(refuse: Refuse, argv: list[str], words: str) -> None:
+    assert words in refuse(2, "bench", "kernels", *argv)
 
 
 def test_systems(cli: Cli, text: Path, tmp_path: Path) -> None:
@@ -131,3 +158,39 @@ def test_help_with_an_example(cli: Cli, name: str) -> None:
     result = cli("bench", name, "--help")
     assert result.code == 0
     assert f"Example: fate bench {name} " in " ".join(result.out.split())
+
+
+def test_peers(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], job: dict[str, Any], limit: int | None) -> dict[str, Any]:
+        if job.get("repack"):
+            return {"failed": "it fell over"}
+        speed = 1.0 if "repack" in job else 3.0
+        speeds = {str(threads): speed for threads in job["threads"]}
+        return {"launch_s": 1 / speed, "prefill": {str(t): speeds for t in job["prefills"]}, "decode": speeds}
+
+    monkeypatch.setattr("fate.bench.peers.comparison.run_worker", run)
+    monkeypatch.setattr("fate.bench.peers.comparison.peer_version", lambda python: "1.2.3")
+    monkeypatch.setattr("fate.diagnosis.memory_read_gb_per_s", lambda: 20.0)
+    wide = {"hidden_size": 128, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
+    store = tiny_store(FAMILY, dense_bits=4, num_hidden_layers=2, **wide)
+    argv = ("--budgets", "resident,1GiB", "--files", tmp_path, "--threads", 2, "--json", "-")
+    result = cli("bench", "peers", store, *argv)
+    assert result.code == 0, result.err
+    assert re.search(r"^1GiB +decode +tokens/s +3\.00 .* 1\.00 .* +3\.00$", result.out, re.M)
+    assert "q4_0 repacked at resident: it fell over" in result.out
+    assert result.json["rows"][0]["ratio"] == 3.0
+    assert {path.name for path in tmp_path.glob("*.gguf")} == {f"{store.stem}.q4_1.gguf", f"{store.stem}.q4_0.gguf"}
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--budgets", "4GiB,many"], "memory size 'many' is not valid"),
+        (["--budgets", ","], "no budget was named"),
+        (["--threads", "two"], "threads 'two' is not valid"),
+        (["--peer-python", sys.executable], "has no llama-cpp-python: python -m venv peer"),
+        (["--peer-python", "/no/python"], "/no/python cannot be run"),
+    ],
+)
+def test_peers_that_cannot_be_compared(refuse: Refuse, argv: list[str], words: str) -> None:
+    assert words in refuse(2, "bench", "peers", tiny_store(FAMILY), *argv)

@@ -165,7 +165,7 @@ def test_eval(cli: Cli, tmp_path: Path) -> None:
 
 def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fate.diagnosis.disk_read_gb_per_s", lambda path: (True, 2.5))
-    monkeypatch.setattr("fate.diagnosis._memory_read_gb_per_s", lambda: 20.0)
+    monkeypatch.setattr("fate.diagnosis.memory_read_gb_per_s", lambda: 20.0)
     result = cli("doctor", "--path", tmp_path, "--json")
     assert result.code == 0, result.err
     assert re.search(r"^disk read +2\.5 GB/s$", result.out, re.M)
@@ -180,6 +180,18 @@ def test_synth(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.code == 0, result.err
     assert re.fullmatch(r"out\.fate: [\d.]+ MiB written\n", result.err)
     assert cli("run", "out.fate", "Once upon", "--max-new-tokens", 2).code == 0
+
+
+def test_synth_of_a_checkpoint(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {**FAMILIES[FAMILY], "model_type": FAMILY, "vocab_size": 9600, "max_position_embeddings": 256}
+    monkeypatch.setitem(synth_module.MODELS, "qwen1.5-moe-a2.7b", tiny)
+    result = cli("synth", "qwen1.5-moe-a2.7b", "source", "--checkpoint")
+    assert result.code == 0, result.err
+    assert re.fullmatch(r"source: [\d.]+ MiB written\n", result.err)
+    assert cli("convert", "source", "out.fate").code == 0
+    refused = cli("synth", "qwen1.5-moe-a2.7b", "other", "--checkpoint", "--dense-bits", 8)
+    assert (refused.code, Path("other").exists()) == (2, False)
+    assert "--dense-bits 8 is of a store" in refused.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

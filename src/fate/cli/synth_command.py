@@ -1,4 +1,4 @@
-"""`fate synth`: a full-size store of random weights, to measure speed and memory where real weights are not at hand."""
+"""`fate synth`: a full-size store or checkpoint of random weights, to measure where real weights are not at hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fate.cli.output import byte_progress, directory_bytes, err
+from fate.errors import UsageError
 from fate.memory import format_bytes
 
 
@@ -25,13 +26,24 @@ def synth(
             "uniform: every token has experts of its own, the hard case for a cache."
         ),
     ] = "real",
-    dense_bits: Annotated[int, typer.Option(help="4, 8 or 16.")] = 4,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Write a bfloat16 checkpoint as the hub has them, to convert.")
+    ] = False,
+    dense_bits: Annotated[int | None, typer.Option(help="4, 8 or 16, of a store. [default: 4]")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     num_layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the original has.")] = None,
 ) -> None:
     """Write a store with the shapes of NAME and random weights. Its text is noise: feed it a fixed sequence."""
     from fate.synth import synth as write_store
+    from fate.synth_checkpoint import synth_checkpoint
 
+    if checkpoint and dense_bits is not None:
+        raise UsageError(f"--dense-bits {dense_bits} is of a store, --checkpoint has 16 bits throughout: drop one")
     with byte_progress("writing") as bar:
-        store = write_store(name, output, seed, dense_bits, num_layers, progress=bar, routing=routing)
-    err.print(f"{store}: {format_bytes(directory_bytes(store))} written")
+        if checkpoint:
+            written = synth_checkpoint(name, output, seed, num_layers, progress=bar, routing=routing)
+        else:
+            written = write_store(
+                name, output, seed, 4 if dense_bits is None else dense_bits, num_layers, progress=bar, routing=routing
+            )
+    err.print(f"{written}: {format_bytes(directory_bytes(written))} written")

@@ -1,8 +1,9 @@
 """Arithmetic on packed weights: the small interface the runtime calls, several times per layer and token.
 
-Weights stay packed; activations are quantized to int8 per group of 64 columns, so a product differs from exact
-arithmetic by well under a percent, and never differs from itself: one (token, expert) gives the same bits whatever
-else is in the call, however many threads run it and wherever the record lies. Raw codecs are torch's own products.
+Weights stay packed; activations are quantized to int8 per group of 64 columns (those between the matrices of an expert
+twice: values, and what rounding left of them), so a product differs from exact arithmetic by less than a percent, and
+never differs from itself: one (token, expert) gives the same bits whatever else is in the call, however many threads
+run it and wherever the record lies. Raw codecs are torch's own products.
 
 >>> rows = torch.empty(tokens, top_k, hidden)
 >>> experts_swiglu(x, pool, layout, [0], [Precision.FULL], [0, len(pairs)], pairs, rows)

@@ -109,10 +109,19 @@ def _quantize_torch(record: Tensor, matrix: Tensor, section: Section, codec: str
 
 def _unit(matrix: Tensor, name: str) -> float:
     """The power of two at or above the largest magnitude; 1 for zeros."""
-    largest = float(torch.linalg.vector_norm(matrix, math.inf, dtype=torch.float32))
+    largest = _largest(matrix)
     if not math.isfinite(largest):
         raise ValueError(f"matrix {name} holds infinite or NaN weights: the checkpoint is damaged")
     return math.ldexp(1.0, max(-100, math.frexp(largest)[1])) if largest > 0 else 1.0
+
+
+def _largest(matrix: Tensor) -> float:
+    """The largest magnitude; infinite or NaN where a weight is."""
+    extension = native.extension()
+    if extension is None or matrix.stride(1) != 1:
+        return float(torch.linalg.vector_norm(matrix, math.inf, dtype=torch.float32))
+    dtype = native.DTYPE_CODES[matrix.dtype]
+    return extension.largest_magnitude(matrix.data_ptr(), dtype, matrix.stride(0), *matrix.shape)
 
 
 def _quantize_block(block: Tensor, codec: str) -> tuple[Tensor, Tensor]:

@@ -155,6 +155,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _kernel_scratch(tokens: int, hidden: int, header: StoreHeader) -> int:
-    """The CPU kernels' buffers: int8 activations with their scales, and 512 pairs of intermediate rows at a time."""
+    """The CPU kernels' buffers: int8 activations with their scales; of 512 pairs at a time the intermediate rows too,
+    as floats and quantized twice."""
     intermediate = max(m.cols for layer in header.layers for m in layer.matrices)
-    return int(1.13 * tokens * hidden + 512 * (2.26 * hidden + 6.3 * intermediate))
+    return int(1.13 * tokens * hidden + 512 * (2.26 * hidden + 8.6 * intermediate))

@@ -60,6 +60,7 @@ def attend(
     out: int,
     threads: int,
 ) -> None: ...
+def largest_magnitude(weights: int, dtype: int, pitch: int, rows: int, cols: int) -> float: ...
 def quantize_matrix(
     weights: int,
     dtype: int,

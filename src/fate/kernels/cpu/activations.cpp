@@ -1,5 +1,6 @@
 #include "activations.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace fate {
@@ -48,6 +49,37 @@ void quantize_row(const float* values, int cols, const TokenRows& out, int64_t t
         quantize_group(last, codes + whole * kGroup, scales + whole, sums + whole);
     }
     for (int g = out.groups; g < padded_groups(out.groups); ++g) scales[g] = sums[g] = 0.0f;
+}
+
+// What a group's codes leave of its values, in int8 again.
+FATE_CLONES
+static void quantize_rest(const float* values, const int8_t* codes, float scale, int8_t* out, float* out_scale,
+                          float* out_sum) {
+    const float fine = scale / kFiner;
+    const float inverse = fine > 0.0f ? 1.0f / fine : 0.0f;
+    int sum = 0;
+    for (int i = 0; i < kGroup; ++i) {
+        const float rest = round_even((values[i] - static_cast<float>(codes[i]) * scale) * inverse);
+        const int code = static_cast<int>(rest > 127.0f ? 127.0f : rest < -127.0f ? -127.0f : rest);
+        out[i] = static_cast<int8_t>(code);
+        sum += code;
+    }
+    *out_scale = fine;
+    *out_sum = fine * static_cast<float>(sum);
+}
+
+void quantize_row_twice(const float* values, int cols, const TokenRows& out, int64_t token) {
+    const int64_t coarse = 2 * token, rest = coarse + 1, width = static_cast<int64_t>(out.groups) * kGroup;
+    const int64_t padded = padded_groups(out.groups);
+    quantize_row(values, cols, out, coarse);
+    for (int g = 0; g < out.groups; ++g) {
+        float group[kGroup] = {};
+        std::memcpy(group, values + g * kGroup, std::min(kGroup, cols - g * kGroup) * sizeof(float));
+        quantize_rest(group, out.codes + coarse * width + g * kGroup, out.scales[coarse * padded + g],
+                      out.codes + rest * width + g * kGroup, out.scales + rest * padded + g,
+                      out.sums + rest * padded + g);
+    }
+    for (int64_t g = out.groups; g < padded; ++g) out.scales[rest * padded + g] = out.sums[rest * padded + g] = 0.0f;
 }
 
 void interleave(const TokenRow* rows, int count, const TokenBlocks& out, int64_t block) {

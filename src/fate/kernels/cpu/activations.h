@@ -61,6 +61,11 @@ struct TokenBlocks {
 // float32 values [cols] -> row `token` of `out`.
 void quantize_row(const float* values, int cols, const TokenRows& out, int64_t token);
 
+// float32 values [cols] -> rows 2 * token, as above, and 2 * token + 1, what rounding left of the values in steps kFiner
+// times as small. The products of both rows add up to one of 15-bit activations.
+constexpr float kFiner = 254.0f;
+void quantize_row_twice(const float* values, int cols, const TokenRows& out, int64_t token);
+
 // Up to 16 rows -> block `block` of `out`.
 void interleave(const TokenRow* rows, int count, const TokenBlocks& out, int64_t block);
 

@@ -3,6 +3,9 @@
 // Experts are taken in passes of at most kMaxPairs pairs, which bounds the scratch; an expert with more pairs is cut.
 // A pass has up to five steps, each shared over all threads:
 //   interleave tokens (experts with many) | gate and up -> inter = silu(gate) * up | quantize inter | down -> rows
+//
+// `inter` is quantized twice, values and what rounding left of them, and `down` sums the products of both: a product of
+// two factors has far larger extremes than they have, and in int8 alone it costs more accuracy than all the rest.
 #include <vector>
 
 #include "linear.h"
@@ -14,27 +17,29 @@ namespace {
 
 constexpr int kMaxPairs = 512;
 constexpr int kFewPairs = 8;  // quantized sooner than a helper comes
+constexpr int kInterRows = 2;  // of one pair
 
 // A run of pairs of one expert within a pass. `first` and `first_block` count from the start of the pass.
 struct Segment {
     Matrix gate_up, down;
     int first, pairs;
-    int first_block, blocks;  // blocks: 0 in row form
+    int first_block, blocks;  // of x; blocks: 0 in row form
+    int first_inter_block, inter_blocks;
 };
 
 struct Item {
     int segment, row, count, first, n;
 };
 
-// Work items over `rows` weight rows of every segment.
-std::vector<Item> make_items(const std::vector<Segment>& segments, int rows, int threads) {
+// Work items over `rows` weight rows and at most `pairs` pairs of every segment.
+std::vector<Item> make_items(const std::vector<Segment>& segments, int rows, int pairs, int threads) {
     std::vector<Item> items;
     const int per_item = item_rows(rows * static_cast<int>(std::min<size_t>(segments.size(), 8)), threads);
     for (int s = 0; s < static_cast<int>(segments.size()); ++s) {
         for (int row = 0; row < rows; row += per_item) {
-            for (int first = 0; first < segments[s].pairs; first += kTileTokens) {
+            for (int first = 0; first < segments[s].pairs; first += pairs) {
                 items.push_back(
-                    {s, row, std::min(per_item, rows - row), first, std::min(kTileTokens, segments[s].pairs - first)});
+                    {s, row, std::min(per_item, rows - row), first, std::min(pairs, segments[s].pairs - first)});
             }
         }
     }
@@ -50,7 +55,7 @@ void swiglu(const float* gate, const float* up, int count, float* out) {
 struct PassPlan {
     std::vector<Segment> segments;
     int64_t first_pair = 0;
-    int pairs = 0, blocks = 0;
+    int pairs = 0, blocks = 0, inter_blocks = 0;
 };
 
 class Pass {
@@ -66,57 +71,58 @@ class Pass {
           inner_(plan.segments[0].down.cols) {
         const int hidden_groups = plan.segments[0].gate_up.groups, inner_groups = plan.segments[0].down.groups;
         x_rows_ = scratch.take<TokenRow>(plan.pairs);
-        inter_rows_ = scratch.take<TokenRow>(plan.pairs);
+        inter_rows_ = scratch.take<TokenRow>(kInterRows * plan.pairs);
         x_blocks_ = take_blocks(scratch, plan.blocks, hidden_groups);
-        inter_blocks_ = take_blocks(scratch, plan.blocks, inner_groups);
-        inter_quantized_ = take_rows(scratch, plan.pairs, inner_groups);
+        inter_blocks_ = take_blocks(scratch, plan.inter_blocks, inner_groups);
+        inter_quantized_ = take_rows(scratch, kInterRows * plan.pairs, inner_groups);
         inter_ = scratch.take<float>(static_cast<int64_t>(plan.pairs) * inner_);
-        for (int p = 0; p < plan.pairs; ++p) {
-            x_rows_[p] = x.row(pairs_[2 * p]);
-            inter_rows_[p] = inter_quantized_.row(p);
-        }
+        for (int p = 0; p < plan.pairs; ++p) x_rows_[p] = x.row(pairs_[2 * p]);
+        for (int r = 0; r < kInterRows * plan.pairs; ++r) inter_rows_[r] = inter_quantized_.row(r);
     }
 
-    static int64_t scratch_bytes(int pairs, int blocks, int hidden_groups, int inner_groups, int inner) {
-        return 2 * Scratch::rounded(pairs * sizeof(TokenRow)) + blocks_bytes(blocks, hidden_groups) +
-               blocks_bytes(blocks, inner_groups) + rows_bytes(pairs, inner_groups) +
-               Scratch::rounded(static_cast<int64_t>(pairs) * inner * sizeof(float));
+    static int64_t scratch_bytes(const PassPlan& plan, int hidden_groups, int inner_groups, int inner) {
+        return Scratch::rounded(plan.pairs * sizeof(TokenRow)) +
+               Scratch::rounded(kInterRows * plan.pairs * sizeof(TokenRow)) + blocks_bytes(plan.blocks, hidden_groups) +
+               blocks_bytes(plan.inter_blocks, inner_groups) + rows_bytes(kInterRows * plan.pairs, inner_groups) +
+               Scratch::rounded(static_cast<int64_t>(plan.pairs) * inner * sizeof(float));
     }
 
     void run(const std::vector<Item>& up_items, const std::vector<Item>& down_items, int threads) const {
         const auto tile = [this](int thread) {
             return reinterpret_cast<float*>(threads_memory_ + thread * bytes_per_thread_);
         };
-        if (plan_.blocks > 0) interleave_all(x_rows_, x_blocks_, threads);
+        if (plan_.blocks > 0) interleave_all(x_rows_, x_blocks_, false, threads);
         parallel_for(up_items.size(), threads, [&](int64_t i, int thread) { gate_up(up_items[i], tile(thread)); });
         parallel_for(plan_.pairs, plan_.pairs > kFewPairs ? threads : 1, [&](int64_t p, int) {
-            quantize_row(inter_ + p * inner_, inner_, inter_quantized_, p);
+            quantize_row_twice(inter_ + p * inner_, inner_, inter_quantized_, p);
         });
-        if (plan_.blocks > 0) interleave_all(inter_rows_, inter_blocks_, threads);
+        if (plan_.inter_blocks > 0) interleave_all(inter_rows_, inter_blocks_, true, threads);
         parallel_for(down_items.size(), threads, [&](int64_t i, int thread) { down(down_items[i], tile(thread)); });
     }
 
   private:
-    void interleave_all(const TokenRow* rows, const TokenBlocks& blocks, int threads) const {
+    void interleave_all(const TokenRow* rows, const TokenBlocks& blocks, bool inter, int threads) const {
         parallel_for(plan_.segments.size(), threads, [&](int64_t s, int) {
             const Segment& segment = plan_.segments[s];
-            for (int b = 0; b < segment.blocks; ++b) {
+            const int per_pair = inter ? kInterRows : 1, count = per_pair * segment.pairs;
+            for (int b = 0; b < (inter ? segment.inter_blocks : segment.blocks); ++b) {
                 const int first = b * kBlockTokens;
-                interleave(rows + segment.first + first, std::min(segment.pairs - first, kBlockTokens), blocks,
-                           segment.first_block + b);
+                interleave(rows + per_pair * segment.first + first, std::min(count - first, kBlockTokens), blocks,
+                           (inter ? segment.first_inter_block : segment.first_block) + b);
             }
         });
     }
 
-    static Tokens tokens_of(const Segment& segment, const TokenRow* rows, const TokenBlocks& blocks) {
-        const int at = segment.first_block;
-        const TokenBlocks own{blocks.block_codes(at), blocks.block_scales(at), blocks.block_sums(at), blocks.groups};
-        return {segment.pairs, rows + segment.first, own, segment.blocks > 0};
+    static Tokens tokens_of(int count, const TokenRow* rows, const TokenBlocks& blocks, int first_block, bool blocked) {
+        const TokenBlocks own{blocks.block_codes(first_block), blocks.block_scales(first_block),
+                              blocks.block_sums(first_block), blocks.groups};
+        return {count, rows, own, blocked};
     }
 
     void gate_up(const Item& item, float* tile) const {
         const Segment& segment = plan_.segments[item.segment];
-        const Tokens tokens = tokens_of(segment, x_rows_, x_blocks_);
+        const Tokens tokens =
+            tokens_of(segment.pairs, x_rows_ + segment.first, x_blocks_, segment.first_block, segment.blocks > 0);
         const TileKernels& kernels = tile_kernels();
         float* up = tile + kTileFloats;
         void* scratch = up + kTileFloats;
@@ -130,13 +136,15 @@ class Pass {
 
     void down(const Item& item, float* tile) const {
         const Segment& segment = plan_.segments[item.segment];
-        const Tokens tokens = tokens_of(segment, inter_rows_, inter_blocks_);
-        multiply(tile_kernels(), segment.down, item.row, item.count, tokens, item.first, item.n, tile,
-                 tile + 2 * kTileFloats);
+        const Tokens tokens = tokens_of(kInterRows * segment.pairs, inter_rows_ + kInterRows * segment.first,
+                                        inter_blocks_, segment.first_inter_block, segment.inter_blocks > 0);
+        multiply(tile_kernels(), segment.down, item.row, item.count, tokens, kInterRows * item.first,
+                 kInterRows * item.n, tile, tile + 2 * kTileFloats);
         for (int t = 0; t < item.n; ++t) {
             const int32_t* pair = pairs_ + 2 * (segment.first + item.first + t);
             float* row = call_.rows + (pair[0] * call_.top_k + pair[1]) * hidden_;
-            std::copy_n(tile + t * kTileRows, item.count, row + item.row);
+            const float *values = tile + kInterRows * t * kTileRows, *rest = values + kTileRows;
+            for (int r = 0; r < item.count; ++r) row[item.row + r] = values[r] + rest[r];
         }
     }
 
@@ -163,14 +171,17 @@ std::vector<PassPlan> make_passes(const ExpertsCall& call, const ExpertWork* exp
         for (int64_t at = 0; at < expert.pairs; at += kMaxPairs) {
             const int pairs = static_cast<int>(std::min<int64_t>(kMaxPairs, expert.pairs - at));
             const int blocks = pairs >= block_min ? blocks_of(pairs) : 0;
+            const int inter_blocks = kInterRows * pairs >= block_min ? blocks_of(kInterRows * pairs) : 0;
             if (passes.empty() || passes.back().pairs + pairs > kMaxPairs) {
                 passes.push_back({});
                 passes.back().first_pair = expert.first_pair + at;
             }
             PassPlan& pass = passes.back();
-            pass.segments.push_back({gate_up, down, pass.pairs, pairs, pass.blocks, blocks});
+            pass.segments.push_back(
+                {gate_up, down, pass.pairs, pairs, pass.blocks, blocks, pass.inter_blocks, inter_blocks});
             pass.pairs += pairs;
             pass.blocks += blocks;
+            pass.inter_blocks += inter_blocks;
         }
     }
     return passes;
@@ -194,8 +205,7 @@ void experts_swiglu(const ExpertsCall& call, const ExpertWork* experts, int coun
     int64_t pass_bytes = 0, pairs = 0;
     for (const PassPlan& pass : passes) {
         pairs += pass.pairs;
-        pass_bytes =
-            std::max(pass_bytes, Pass::scratch_bytes(pass.pairs, pass.blocks, gate_up.groups, down.groups, down.cols));
+        pass_bytes = std::max(pass_bytes, Pass::scratch_bytes(pass, gate_up.groups, down.groups, down.cols));
     }
     const int64_t work = pairs * down.rows * down.cols;
     const int threads = work < kMinParallelWork ? 1 : call.threads;
@@ -209,7 +219,8 @@ void experts_swiglu(const ExpertsCall& call, const ExpertWork* experts, int coun
     for (const PassPlan& plan : passes) {
         scratch.rewind(mark);
         const Pass pass(call, x, plan, threads_memory, per_thread, scratch);
-        pass.run(make_items(plan.segments, down.cols, threads), make_items(plan.segments, down.rows, threads), threads);
+        pass.run(make_items(plan.segments, down.cols, kTileTokens, threads),
+                 make_items(plan.segments, down.rows, kTileTokens / kInterRows, threads), threads);
     }
 }
 

@@ -133,6 +133,11 @@ void bind_attend(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values
             threads});
 }
 
+float bind_largest_magnitude(uint64_t weights, int dtype, int64_t pitch, int rows, int cols) {
+    nb::gil_scoped_release release;
+    return largest_magnitude(pointer<const void>(weights), static_cast<DType>(dtype), pitch, rows, cols);
+}
+
 std::tuple<double, double> bind_quantize_matrix(uint64_t weights, int dtype, int64_t pitch, int rows, int cols,
                                                 float inverse_unit, int headroom,
                                                 std::tuple<int, float, float, float> settings, uint64_t high,
@@ -177,6 +182,7 @@ NB_MODULE(_cpu, m) {
     m.def("reduce_rows", &bind_reduce_rows);
     m.def("gather_rows", &bind_gather_rows);
     m.def("attend", &bind_attend);
+    m.def("largest_magnitude", &bind_largest_magnitude);
     m.def("quantize_matrix", &bind_quantize_matrix);
     m.def("read_file", &bind_read_file);
     m.def("copy_paced", &bind_copy_paced);

@@ -24,6 +24,9 @@ struct SlopeSums {
     double squares, products;
 };
 
+// Of weights [rows, cols], `pitch` elements from one row to the next; not finite where a weight is not.
+float largest_magnitude(const void* weights, DType dtype, int64_t pitch, int rows, int cols);
+
 // weights: [rows, cols] of `dtype`, `pitch` elements from one row to the next, times `inverse_unit` within [-1, 1].
 // Scales and offsets are stored times 2^headroom.
 SlopeSums quantize_matrix(const void* weights, DType dtype, int64_t pitch, int rows, int cols, float inverse_unit,

@@ -187,6 +187,7 @@ def manager_of(model):
 def test_interrupted_anywhere_the_next_run_is_right(prompt):
     """SIGALRM raises KeyboardInterrupt at random points of the forward; afterwards every bit is as before."""
     ids, rng = prompt[:, :6], random.Random(0)
+    torch.set_num_threads(2)
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -211,6 +212,7 @@ def test_interrupted_anywhere_the_next_run_is_right(prompt):
                 manager = manager_of(model)
                 assert not manager.cache.pinned
                 assert not manager.lock._is_owned()
+                assert torch.get_num_threads() == 2
             assert interrupted > 30
     finally:
         signal.signal(signal.SIGALRM, previous)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,18 +42,20 @@ def attention_forward(
     one_token = query.shape[2] == 1 and attention_mask is None and not dropout
     if one_token and kernels.can_attend(query, key, value) and all(kwargs.get(name) is None for name in _BEYOND):
         return kernels.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
-    with threads.torch_too():
+    with threads.torch_too() if query.shape[2] > 1 else nullcontext():
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
 def adopt(model: PreTrainedModel) -> None:
     """Use `attention_forward` in `model` where it would have used sdpa."""
-    source = inspect.getsource(sys.modules[type(model).__module__])
-    if (
-        model.config._attn_implementation == "sdpa"
-        and not _ASKS_BY_NAME.search(source)
-        and not model.config.sub_configs
-    ):
+    config = model.config
+    if config._attn_implementation != "sdpa" or config.sub_configs or not model._can_set_attn_implementation():
+        return
+    try:
+        source = inspect.getsource(sys.modules[type(model).__module__])
+    except (OSError, TypeError, KeyError):
+        return  # what its code asks for is not known
+    if not _ASKS_BY_NAME.search(source):
         model.set_attn_implementation(ATTENTION_FUNCTION)
 
 

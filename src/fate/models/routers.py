@@ -62,6 +62,8 @@ class RouterGate:
         the router itself says may still differ by a near tie."""
         if self._checks < QUICK_CHECKS or gate_input.numel() != gate_input.shape[-1]:
             return None
+        if self._agreed < self._checks * self._top_k - 1:
+            return None  # more than a near tie apart: good enough for guesses, not for demands
         quick = self._quick(gate_input, self._top_k)
         return None if quick is None else sorted(expert for expert, _ in quick)
 

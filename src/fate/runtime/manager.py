@@ -67,9 +67,10 @@ class ExpertManager:
     def begin_phase(self, prefill: bool) -> None:
         """What follows is counted as a prompt's or as decoding."""
         now, busy_s = time.perf_counter(), self.scheduler.busy_s()
-        if self._step_began is not None and not self.prefill:
-            began, busy_before = self._step_began
-            self.link_load += LOAD_RATE * ((busy_s - busy_before) / (now - began) - self.link_load)
+        last = self._step_began
+        if last is not None and not self.prefill and now > last[0]:
+            share = (busy_s - last[1]) / (now - last[0])
+            self.link_load += LOAD_RATE * (min(max(share, 0.0), 1.0) - self.link_load)
         self._step_began = None if prefill else (now, busy_s)
         self.prefill = prefill
         self.stats = self._phases[prefill]

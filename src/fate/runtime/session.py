@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from fate.core import Envelope, StepStats
 from fate.errors import ClosedError, ProfileMissingError, UsageError
-from fate.kernels import threads
+from fate.kernels import native, threads
 from fate.memory import MemoryPlan, make_plan, parse_experts, parse_memory
 from fate.profile import Profile
 from fate.runtime.engine import Engine
@@ -53,6 +53,7 @@ class Session:
         self.generate_lock = threading.RLock()
         self._assembly = assembly
         self._link = link
+        self._packed = not assembly.reader.header.layout(0).is_raw
         self._engine = [engine]  # a holder: the finalizer must not hold the session
         self._phases = {prefill: StepStats() for prefill in (False, True)}  # what belongs to no layer
         self._step = threading.local()  # the forward under way in this thread
@@ -211,8 +212,6 @@ class Session:
             engine.switch.begin_prompt()
         else:
             engine.switch.begin_step()
-        threads.begin()
-        self._step.torch_alone = True
         self._step.account = (prefill, batch * tokens, time.perf_counter())
 
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -226,11 +225,9 @@ class Session:
             self.engine.switch.end_step(seconds)
         self._phases[prefill] += StepStats(tokens=tokens, forwards=1, total_s=seconds)
 
-    def release_threads(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the model, called however the forward ends."""
-        if getattr(self._step, "torch_alone", False):
-            self._step.torch_alone = False
-            threads.end()
+    def threads(self) -> AbstractContextManager[None]:
+        """How a forward uses threads; a raw codec's products are torch's own, and so are all without the extension."""
+        return threads.torch_alone() if self._packed and native.extension() is not None else nullcontext()
 
     def _total(self, prefill: bool) -> StepStats:
         layers = sum(self.engine.manager.layer_stats(prefill), StepStats())
@@ -263,6 +260,10 @@ class FateModel(_Base):
     def __exit__(self, *exc: object) -> None:
         self.fate.close()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.fate.threads():  # not by torch's hooks: after a KeyboardInterrupt it calls none
+            return super().__call__(*args, **kwargs)
+
     def to(self, *args: Any, **kwargs: Any) -> FateModel:  # type: ignore[override]
         """Only what changes nothing: packed weights and slots stay where the plan put them."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
@@ -287,4 +288,3 @@ def attach(model: PreTrainedModel, session: Session) -> None:
     object.__setattr__(model, "hf_device_map", {"": "cpu"})  # a pipeline must not move it to an accelerator
     model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
     model.register_forward_hook(session.after_forward, with_kwargs=True)
-    model.register_forward_hook(session.release_threads, always_call=True)

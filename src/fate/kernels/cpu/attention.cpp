@@ -24,7 +24,7 @@ struct Positions {
 };
 
 template <typename T, float (*Float)(T)>
-inline void dot_positions(const float* q, const Positions& keys, float scale, float* scores) {
+__attribute__((always_inline)) inline void dot_positions(const float* q, const Positions& keys, float scale, float* scores) {
     const T* key = static_cast<const T*>(keys.base);
     for (int64_t at = 0; at < keys.length; ++at, key += keys.step) {
         float lanes[kLanes] = {};
@@ -42,7 +42,7 @@ inline void dot_positions(const float* q, const Positions& keys, float scale, fl
 }
 
 template <typename T, float (*Float)(T)>
-inline void add_positions(const float* weights, const Positions& values, float* out) {
+__attribute__((always_inline)) inline void add_positions(const float* weights, const Positions& values, float* out) {
     const T* value = static_cast<const T*>(values.base);
     std::fill_n(out, values.dim, 0.0f);
     for (int64_t at = 0; at < values.length; ++at, value += values.step) {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <system_error>
+#include <exception>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -66,7 +66,7 @@ class Team {
             signal_.notify_all();
         }
         take_items(0);
-        for (int tries = 0; done_.load(std::memory_order_acquire) < count; ++tries) {
+        for (unsigned tries = 0; done_.load(std::memory_order_acquire) < count; ++tries) {
             pause();
             if (tries % kPauses == kPauses - 1) std::this_thread::yield();  // a helper may want this very core
         }
@@ -74,7 +74,7 @@ class Team {
 
     // Returns the number of the loop that has nothing more to take. What is read here of a loop is that of the ticket,
     // or the ticket has moved on and no item is taken.
-    uint64_t take_items(int thread) {
+    uint64_t take_items(int thread) noexcept {  // others are in the loop: it cannot be left halfway
         for (;;) {
             Ticket ticket{ticket_.load(std::memory_order_acquire)};
             if (!ticket.open()) return ticket.loop();
@@ -94,7 +94,7 @@ class Team {
         while (helpers_ < helpers) {
             try {
                 std::thread([this, thread = helpers_ + 1] { help(thread); }).detach();
-            } catch (const std::system_error&) {
+            } catch (const std::exception&) {
                 return;
             }
             ++helpers_;

@@ -1,4 +1,4 @@
-// The SwiGLU experts of one layer: a list of experts in one or few parallel regions.
+// The SwiGLU experts of one layer: a list of experts in one call.
 //
 // Experts are taken in passes of at most kMaxPairs pairs, which bounds the scratch; an expert with more pairs is cut.
 // A pass has up to five steps, each shared over all threads:

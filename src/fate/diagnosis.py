@@ -16,6 +16,7 @@ import torch
 
 from fate import kernels
 from fate.errors import UsageError
+from fate.kernels import native
 from fate.memory import MIB, available_bytes, cgroup_limit_bytes, format_bytes
 
 _PACKAGES = ("fate-moe", "torch", "transformers", "safetensors", "huggingface_hub", "hqq")
@@ -37,7 +38,8 @@ def diagnose(path: Path) -> dict[str, Any]:
         "memory_read_gb_per_s": memory_read_gb_per_s(),
         "disk_read_gb_per_s": disk,
         "o_direct": "yes" if direct else "no: reads go through the page cache",
-        "kernels": f"{active.name} ({active.detail})" if active.detail else active.name,
+        "kernels": f"{active.name} ({active.detail})",
+        "instruction_sets": ", ".join(native.available()),
         "fused_experts": _FUSED,
     }
 

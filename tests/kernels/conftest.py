@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -9,13 +10,17 @@ import pytest
 from fate.kernels import native
 
 
-@pytest.fixture(params=["avx512-vnni", "portable", "torch"])
+ON_ARM = platform.machine() in ("aarch64", "arm64")
+COMPILED = [*(("neon-dotprod", "neon") if ON_ARM else ("avx512-vnni", "avx-vnni", "avx2")), "portable"]
+
+
+@pytest.fixture(params=[*COMPILED, "torch"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the kernels in use during the test."""
     yield from _selected(request.param)
 
 
-@pytest.fixture(params=["avx512-vnni", "portable"])
+@pytest.fixture(params=COMPILED)
 def compiled_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _selected(request.param)
 
@@ -23,7 +28,5 @@ def compiled_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
 def _selected(name: str) -> Iterator[str]:
     if name not in native.available():
         pytest.skip(f"this machine has no {name} kernels")
-    before = native.active().name
-    native.select(name)
-    yield name
-    native.select(before)
+    with native.selected(name):
+        yield name

@@ -13,7 +13,7 @@ from fate.store.format import MatrixSpec, RecordLayout
 
 def test_the_extension_was_built() -> None:
     info = active()
-    assert info.name in ("avx512-vnni", "portable"), info.detail
+    assert info.name == native.available()[0] != "torch", info.detail
     assert info.threads == torch.get_num_threads()
 
 
@@ -27,6 +27,13 @@ def test_torch_and_the_kernels_share_one_thread_pool() -> None:
 def test_kernels_are_selected_by_name(kernel: str) -> None:
     assert active().name == kernel
     assert active().detail
+
+
+def test_the_selection_ends_with_its_block(kernel: str) -> None:
+    with pytest.raises(ZeroDivisionError), native.selected("portable"):
+        assert active().name == "portable"
+        _ = 1 / 0
+    assert active().name == kernel
 
 
 def test_unknown_kernels_are_refused() -> None:

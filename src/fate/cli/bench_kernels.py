@@ -25,11 +25,15 @@ def kernels_bench(
     shapes: Annotated[str | None, typer.Option(help="Known shapes, separated by commas, instead of MODEL.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,4,16,64,512",
     repeats: Annotated[int, typer.Option(min=1)] = 7,
+    instructions: Annotated[
+        str | None, typer.Option(help="Instruction set, one of those `fate doctor` names.", show_default="the fastest")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Speed of each kernel alone by shape and precision, beside what this machine can do, and error against float64."""
     from fate.bench.kernel_shapes import known_shapes, store_shape
     from fate.bench.kernels import measure_kernels
+    from fate.kernels import native
     from fate.loading import ensure_store
 
     if (model is None) == (shapes is None):
@@ -40,7 +44,7 @@ def kernels_bench(
             wanted = [store_shape(Path(ensure_store(model, bar)))]
     else:
         wanted = known_shapes([name.strip() for name in (shapes or "").split(",") if name.strip()])
-    with step_progress() as progress:
+    with native.selected(instructions or native.active().name), step_progress() as progress:
         document = measure_kernels(wanted, counts, repeats, progress)
     for name, rows in document["shapes"].items():
         print_words(out, name, style="bold")

@@ -1,11 +1,16 @@
 """The compiled extension: whether it is there, which instruction set it uses, and each layout as it wants it.
 
-`select` is for tests and diagnostics; everything else calls the functions of `fate.kernels`.
+`select` and `selected` are for tests and benchmarks; everything else calls the functions of `fate.kernels`.
+
+>>> with selected("avx2"):
+...     linear(x, packed, layout)
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +27,21 @@ try:
     _missing = ""
 except ImportError as error:
     _cpu = None
-    _missing = f"the compiled kernels are missing ({error}); reinstall fate-moe with a C++20 compiler at hand"
+    _missing = (
+        f"the compiled kernels are missing ({error}): torch does their work, many times slower; "
+        "reinstall fate-moe with a C++20 compiler at hand"
+    )
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_RECORDS = 4096
+_INSTRUCTIONS = {
+    "avx512-vnni": "AVX-512 with VNNI",
+    "avx-vnni": "AVX2 with VNNI",
+    "avx2": "AVX2",
+    "neon-dotprod": "NEON with dot products",
+    "neon": "NEON",
+    "portable": f"plain C++ on {platform.machine()}",
+}
 
 _extension: Any = _cpu
 _records: dict[int, tuple[RecordLayout, Any]] = {}
@@ -33,7 +49,7 @@ _records: dict[int, tuple[RecordLayout, Any]] = {}
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """Which kernels run. `name`: "avx512-vnni", "portable" or "torch"; `detail`: one line on why, for people."""
+    """Which kernels run. `name`: an instruction set, "portable" or "torch"; `detail`: one line on why, for people."""
 
     name: str
     threads: int
@@ -46,34 +62,40 @@ def active() -> KernelInfo:
     if _extension is None:
         return KernelInfo("torch", num_threads, _missing or "chosen: dequantize, then torch's matrix product")
     name = _extension.kernel_name()
-    if name == "portable":
-        detail = f"plain C++ on {platform.machine()}, activations in int8"
-    else:
-        detail = "AVX-512 with VNNI, activations in int8"
-    return KernelInfo(name, num_threads, detail)
+    return KernelInfo(name, num_threads, f"{_INSTRUCTIONS[name]}, activations in int8")
 
 
 def available() -> tuple[str, ...]:
-    """Names `select` takes on this machine, the default first."""
-    if _cpu is None:
-        return ("torch",)
-    current = _cpu.kernel_name()
-    _cpu.select_kernels("")
-    names = tuple(dict.fromkeys((_cpu.kernel_name(), "portable", "torch")))
-    _cpu.select_kernels(current)
-    return names
+    """Names `select` takes on this machine, fastest first, which is the default."""
+    return ("torch",) if _cpu is None else (*_cpu.available_kernels(), "torch")
+
+
+def missing() -> str:
+    """Why the extension is not there and what to do, in one line; empty where it is."""
+    return _missing
 
 
 def select(name: str) -> None:
     """Use the kernels called `name` from now on, in the whole process; UnknownNameError if they cannot run here."""
     global _extension
     if name not in available():
-        raise UnknownNameError("kernel", name, available())
+        raise UnknownNameError("instruction set", name, available())
     if name == "torch":
         _extension = None
     else:
         _cpu.select_kernels(name)
         _extension = _cpu
+
+
+@contextmanager
+def selected(name: str) -> Iterator[None]:
+    """`select(name)`, and what was in use before again at the end."""
+    before = active().name
+    select(name)
+    try:
+        yield
+    finally:
+        select(before)
 
 
 def extension() -> Any:

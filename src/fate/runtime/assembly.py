@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fate.cache import ALLOCATIONS, POLICIES, ExpertCache, SlotRequest
 from fate.errors import ProfileMissingError
+from fate.kernels import native
 from fate.memory import (
     MemoryPlan,
     available_bytes,
@@ -180,6 +181,8 @@ def assemble(
     transient = planning.transient_slots(model, reader.header)
     experts = parse_experts(options.experts, needs.total_experts)
     plan = make_plan(budget, envelope, needs, max_experts=experts)
+    if native.missing():
+        logger.warning("%s", native.missing())
     if options.on_plan is not None:
         options.on_plan(plan, system)
     check_available(plan, available_bytes())

@@ -46,7 +46,8 @@ Record make_record(bool int8, int64_t bytes, const std::vector<Place>& places) {
         require(rows > 0 && cols > 0 && rows < INT32_MAX && cols < INT32_MAX / 64, "a matrix has a bad shape");
         const int64_t groups = (cols + kGroup - 1) / kGroup;
         const int64_t plane = rows * groups * (int8 ? kGroup : kPlaneGroupBytes);
-        require(within(high, plane, bytes) && within(affine, rows * groups * 4, bytes) && affine % 2 == 0 &&
+        require(within(high, plane, bytes) && within(affine, rows * groups * 4, bytes) && affine >= 64 &&
+                    affine % 2 == 0 &&
                     (int8 || within(low, plane, bytes)),
                 "a section lies outside of its record");
         record.places[i] = {high, affine, low, static_cast<int>(rows), static_cast<int>(cols)};
@@ -188,5 +189,10 @@ NB_MODULE(_cpu, m) {
     m.def("copy_paced", &bind_copy_paced);
     m.def("rank_experts", &bind_rank_experts);
     m.def("kernel_name", [] { return std::string(tile_kernels().name); });
+    m.def("available_kernels", [] {
+        std::vector<std::string> names;
+        for (const TileKernels* kernels : available_tile_kernels()) names.emplace_back(kernels->name);
+        return names;
+    });
     m.def("select_kernels", [](const std::string& name) { return select_tile_kernels(name.c_str()); });
 }

@@ -53,6 +53,21 @@ static inline uint16_t float_to_bfloat16(float value) {
 // Nearest integer, ties to even, for |value| < 2^22, without the instruction that SSE2 lacks.
 static inline float round_even(float value) { return (value + 0x1.8p23f) - 0x1.8p23f; }
 
+// x * y + z, rounded once. Where no instruction does it: the product is exact in double, its sum with z is made odd if it
+// is not exact, and then rounding it again gives what rounding once would have given.
+static inline float fused_multiply_add(float x, float y, float z) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(x, y, z);
+#else
+    const double product = static_cast<double>(x) * y, sum = product + z;
+    const double of_z = sum - product, error = (product - (sum - of_z)) + (z - of_z);
+    uint64_t bits = std::bit_cast<uint64_t>(sum);
+    const bool inexact = error > 0.0 || error < 0.0;  // false for what an infinity leaves
+    if (inexact && (bits & 1) == 0) bits += (error > 0.0) == (sum > 0.0) ? 1 : -1;
+    return static_cast<float>(std::bit_cast<double>(bits));
+#endif
+}
+
 // x / (1 + exp(-x)). exp by a degree-6 polynomial on [-0.5, 0.5] octaves: relative error below 2e-7.
 static inline float silu(float x) {
     float octaves = x * -1.44269504f;

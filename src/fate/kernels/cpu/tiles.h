@@ -1,7 +1,7 @@
 // Tile kernels: up to kTileRows weight rows times some tokens, into a float32 tile [tokens][kTileRows].
 //
 // One output is always computed by the same sequence of float operations, whatever the tile, so results do not depend
-// on which tokens share a call, on threads or on which of the two token forms is used:
+// on which tokens share a call, on threads, on which of the two token forms is used or on the instruction set:
 //
 //   lane[j] = 0; for g = j, j + 16, ...:  lane[j] = fma(dot_g, a_g * scale_g, lane[j])     (dot_g: exact int32)
 //                                         lane[j] = fma(b_g, sum_g, lane[j])
@@ -9,6 +9,8 @@
 //
 // In kInt2 the dot product runs over 4h and b_g is fma(1.5, a_g, b_g).
 #pragma once
+
+#include <vector>
 
 #include "activations.h"
 #include "layout.h"
@@ -28,17 +30,20 @@ struct TileKernels {
                    void* scratch);
 };
 
-// The best kernels this processor runs, or the portable ones.
+// The kernels in use: the fastest that this processor runs, until others are selected.
 const TileKernels& tile_kernels();
 
-// For tests: "portable" makes every later call use the portable kernels, "" goes back to the best.
-// Returns false, and changes nothing, if `name` is not among what this processor runs.
+// What this processor runs, fastest first; "portable" is always among them.
+std::vector<const TileKernels*> available_tile_kernels();
+
+// Makes every later call use the kernels called `name`; false, and nothing changes, if they are not available.
 bool select_tile_kernels(const char* name);
 
 extern const TileKernels kPortableTiles;
-#if defined(FATE_HAVE_AVX512)
-extern const TileKernels kAvx512Tiles;
-void avx512_rows(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile, void* scratch);
+#if defined(FATE_X86)
+extern const TileKernels kAvx512VnniTiles, kAvxVnniTiles, kAvx2Tiles;
+#elif defined(FATE_ARM)
+extern const TileKernels kNeonDotprodTiles, kNeonTiles;
 #endif
 
 }  // namespace fate

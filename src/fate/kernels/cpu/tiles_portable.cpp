@@ -1,5 +1,5 @@
-// The tile kernels in plain C++: any processor; compiled for AVX2 too where function clones exist. Its multiply-adds
-// round twice, so that every clone gives the same bits.
+// The tile kernels in plain C++, for any processor: what tiles.h says, step by step, and what the kernels of every
+// instruction set are compared with.
 #include "tiles.h"
 
 namespace fate {
@@ -7,8 +7,6 @@ namespace fate {
 namespace {
 
 constexpr int kRowsAtOnce = 4;  // weight rows unpacked together, so that a token's codes are read once for all
-
-inline float multiply_add(float x, float y, float sum) { return x * y + sum; }
 
 // One chunk of `groups` groups (4, 2 or 1) of a row; `low` is null for an INT2 reader. Codes are widened to 16 bits,
 // which is what lets a compiler see a multiply-and-add-pairs instruction in `dot`.
@@ -44,7 +42,7 @@ inline void unpack_row(const Matrix& matrix, int row, int16_t* codes, float* sca
     for (int g = 0; g < matrix.groups; ++g) {
         scales[g] = half_to_float(affine[g]);
         const float offset = half_to_float(affine[matrix.groups + g]);
-        offsets[g] = matrix.mode == Mode::kInt2 ? multiply_add(1.5f, scales[g], offset) : offset;
+        offsets[g] = matrix.mode == Mode::kInt2 ? fused_multiply_add(1.5f, scales[g], offset) : offset;
     }
 }
 
@@ -71,15 +69,12 @@ inline float output(const int16_t* codes, const float* scales, const float* offs
     for (int g = 0; g < groups; ++g) {
         const float sum = static_cast<float>(dot(codes + g * kGroup, token.codes + g * kGroup));
         float& into = lane[g % kLanes];
-        into = multiply_add(sum, scales[g] * token.scales[g], into);
-        into = multiply_add(offsets[g], token.sums[g], into);
+        into = fused_multiply_add(sum, scales[g] * token.scales[g], into);
+        into = fused_multiply_add(offsets[g], token.sums[g], into);
     }
     return fold(lane);
 }
 
-}  // namespace
-
-FATE_CLONES
 void portable_rows(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile,
                    void* scratch) {
     const int groups = matrix.groups;
@@ -99,6 +94,8 @@ void portable_rows(const Matrix& matrix, int row, int count, const TokenRow* tok
         }
     }
 }
+
+}  // namespace
 
 const TileKernels kPortableTiles = {"portable", INT32_MAX, portable_scratch_bytes, portable_rows, nullptr};
 

@@ -1,0 +1,52 @@
+// The vector layer of the tile kernels: what they need of an instruction set, and nothing else. tiles_rows.h and
+// tiles_blocks.h are written once over it, and tiles_simd.cpp is compiled once for each instruction set. The header of
+// that set, chosen below, defines in an anonymous namespace, so that no other file can end up running it:
+//
+//   Codes                        64 bytes: the codes of one group, or 64 bytes of a plane
+//     load_codes(at), fill(byte), both(x, y), either(x, y), select(mask, x, y)
+//     shift_left<n>, shift_right<n>    of bytes; what comes in from a neighbour is for the caller to mask off
+//     tail_bits<groups>(plane, g)      the bits of group g of a tail of 1 or 2 groups, lowest two of each byte
+//   Floats                       16 floats
+//     load_floats16, store, broadcast, zero_floats, add, multiply, multiply_add(x, y, z) = x * y + z rounded once
+//     load_halves(at, count)           count >= 16, or zeros beyond; reads no further, but up to 14 bytes before `at`
+//     fold(x)                          the sum in the order that tiles.h gives
+//   Ints                         16 int32; to_floats
+//   Quad                         sums of products of four groups, part of the way
+//     dot_quad<mode, groups>(codes, x) up to four groups of a row times x [groups * 64]; zero_quad
+//     join(q0, q1, q2, q3)             -> Ints: the sums of 16 groups
+//   kBlockRows, kBlocksAtOnce    the shape of the block kernel, without which FATE_BLOCK_KERNEL is not defined;
+//   kBlockMinTokens              from how many tokens it is the faster one, as measured
+//     dot_blocks<mode, n>(weights, pitch, x, dots)  one group of kBlockRows rows, `pitch` bytes apart, times n blocks of
+//                                      16 tokens, x[b] [16][16 tokens][4 columns] -> dots[row][b], lanes = tokens
+//     store_transposed(rows, tile)     rows [kBlockRows] of 16 tokens -> tile[token][row]
+//
+// Integer sums are exact and every float operation is one rounding in a given order, so all give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "layout.h"
+
+namespace fate {
+namespace {
+
+// Byte shuffle indices: 16 of them from byte n on move a vector down by n bytes and fill it up with zeros.
+alignas(16) constexpr uint8_t kMoveDown[32] = {
+    0,    1,    2,    3,    4,    5,    6,    7,    8,    9,    10,   11,   12,   13,   14,   15,
+    0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
+
+inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+
+}  // namespace
+}  // namespace fate
+
+#if defined(__AVX512VNNI__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#elif defined(__ARM_NEON)
+#include "simd_neon.h"
+#else
+#error "no vector layer for this instruction set: tiles_portable.cpp serves it"
+#endif

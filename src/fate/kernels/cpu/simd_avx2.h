@@ -1,0 +1,207 @@
+// AVX2, with AVX-VNNI or without: a group is two vectors. See simd.h.
+//
+// Without VNNI, bytes are multiplied and added in pairs to 16 bits. Codes of 4 bits leave room to add up: a pair is at
+// most 2 * 15 * 127 = 3810, and eight of them fit. Codes of 8 bits are split into their low seven and their top bit,
+// whose pairs just fit (2 * 128 * 127 = 32512), and go to 32 bits at once.
+#pragma once
+
+#include <immintrin.h>
+
+#define FATE_BLOCK_KERNEL
+
+namespace fate {
+namespace {
+
+struct Codes {
+    __m256i low, high;  // columns 0..31, 32..63
+};
+struct Ints {
+    __m256i low, high;
+};
+struct Floats {
+    __m256 low, high;
+};
+using Quad = __m256i;  // lane 4i + j: what 128-bit lane i sums of group j
+
+#if defined(__AVXVNNI__)
+constexpr bool kVnni = true;
+inline __m256i add_products(__m256i sums, __m256i codes, __m256i x) { return _mm256_dpbusd_avx_epi32(sums, codes, x); }
+#else
+constexpr bool kVnni = false;
+inline __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+inline __m256i add_products(__m256i sums, __m256i codes, __m256i x) {
+    const __m256i seven = _mm256_and_si256(codes, _mm256_set1_epi8(0x7f));
+    const __m256i top = _mm256_andnot_si256(_mm256_set1_epi8(0x7f), codes);
+    const __m256i both = _mm256_add_epi32(widen(_mm256_maddubs_epi16(seven, x)), widen(_mm256_maddubs_epi16(top, x)));
+    return _mm256_add_epi32(sums, both);
+}
+#endif
+
+inline __m256i load32(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+
+inline Codes load_codes(const uint8_t* at) { return {load32(at), load32(at + 32)}; }
+inline void store_codes(uint8_t* at, Codes codes) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), codes.low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 32), codes.high);
+}
+inline Codes fill(int value) {
+    const __m256i x = _mm256_set1_epi8(static_cast<char>(value));
+    return {x, x};
+}
+inline Codes both(Codes x, Codes y) { return {_mm256_and_si256(x.low, y.low), _mm256_and_si256(x.high, y.high)}; }
+inline Codes either(Codes x, Codes y) { return {_mm256_or_si256(x.low, y.low), _mm256_or_si256(x.high, y.high)}; }
+inline Codes select(Codes mask, Codes x, Codes y) {
+    return either(both(mask, x), {_mm256_andnot_si256(mask.low, y.low), _mm256_andnot_si256(mask.high, y.high)});
+}
+template <int n>
+inline Codes shift_left(Codes x) {
+    return {_mm256_slli_epi16(x.low, n), _mm256_slli_epi16(x.high, n)};
+}
+template <int n>
+inline Codes shift_right(Codes x) {
+    return {_mm256_srli_epi16(x.low, n), _mm256_srli_epi16(x.high, n)};
+}
+
+template <int groups>
+inline Codes tail_bits(const uint8_t* plane, int g) {
+    if constexpr (groups == 1) {
+        const __m256i bits = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane)));
+        return {_mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2)),
+                _mm256_srlv_epi64(bits, _mm256_setr_epi64x(4, 4, 6, 6))};
+    } else {
+        const __m256i bits = load32(plane);
+        return {_mm256_srli_epi16(bits, 4 * g), _mm256_srli_epi16(bits, 4 * g + 2)};
+    }
+}
+
+inline Floats load_floats16(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
+inline void store(float* at, Floats x) {
+    _mm256_storeu_ps(at, x.low);
+    _mm256_storeu_ps(at + 8, x.high);
+}
+inline Floats broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline Floats zero_floats() { return broadcast(0.0f); }
+inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)}; }
+inline Floats multiply(Floats x, Floats y) { return {_mm256_mul_ps(x.low, y.low), _mm256_mul_ps(x.high, y.high)}; }
+inline Floats multiply_add(Floats x, Floats y, Floats z) {
+    return {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
+}
+inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
+
+// Fewer than eight are loaded as the last of eight that end where they end, and moved down.
+inline __m256 load_eight_halves(const uint16_t* at, int count) {
+    if (count <= 0) return _mm256_setzero_ps();
+    const int missing = count < 8 ? 8 - count : 0;
+    const __m128i last = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at - missing));
+    const __m128i move = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kMoveDown + 2 * missing));
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(last, move));
+}
+
+inline Floats load_halves(const uint16_t* at, int count) {
+    if (count >= 16) {
+        const __m128i* halves = reinterpret_cast<const __m128i*>(at);
+        return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+    }
+    return {load_eight_halves(at, count), load_eight_halves(at + 8, count - 8)};
+}
+
+inline float fold(Floats lanes) {
+    const __m256 eight = _mm256_add_ps(lanes.low, lanes.high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+inline Quad zero_quad() { return _mm256_setzero_si256(); }
+
+template <Mode mode, int groups>
+inline Quad dot_quad(const Codes codes[groups], const int8_t* x) {
+    __m256i d[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+        d[g] = _mm256_setzero_si256();
+        if (g >= groups) continue;
+        const __m256i x_low = load32(x + g * kGroup), x_high = load32(x + g * kGroup + 32);
+        if constexpr (kVnni || mode == Mode::kInt8) {
+            d[g] = add_products(add_products(d[g], codes[g].low, x_low), codes[g].high, x_high);
+        } else {
+            d[g] = _mm256_add_epi16(_mm256_maddubs_epi16(codes[g].low, x_low),
+                                    _mm256_maddubs_epi16(codes[g].high, x_high));
+        }
+    }
+    if constexpr (kVnni || mode == Mode::kInt8) {
+        return _mm256_hadd_epi32(_mm256_hadd_epi32(d[0], d[1]), _mm256_hadd_epi32(d[2], d[3]));
+    } else {
+        return _mm256_madd_epi16(_mm256_hadd_epi16(_mm256_hadd_epi16(d[0], d[1]), _mm256_hadd_epi16(d[2], d[3])),
+                                 _mm256_set1_epi16(1));
+    }
+}
+
+inline __m256i join_two(Quad q0, Quad q1) {
+    return _mm256_add_epi32(_mm256_permute2x128_si256(q0, q1, 0x20), _mm256_permute2x128_si256(q0, q1, 0x31));
+}
+inline Ints join(Quad q0, Quad q1, Quad q2, Quad q3) { return {join_two(q0, q1), join_two(q2, q3)}; }
+
+constexpr int kBlockRows = 4, kBlocksAtOnce = 1, kBlockMinTokens = kVnni ? 11 : 12;
+
+inline __m256i load_four(const uint8_t* weights) {
+    int32_t four;
+    std::memcpy(&four, weights, 4);
+    return _mm256_set1_epi32(four);
+}
+
+template <Mode mode, int n>
+inline void dot_blocks(const uint8_t* weights, int64_t pitch, const int8_t* const* x, Ints dots[kBlockRows][n]) {
+    static_assert(n == 1);
+#pragma GCC unroll 4
+    for (int r = 0; r < kBlockRows; ++r) dots[r][0] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    if constexpr (kVnni || mode == Mode::kInt8) {
+        for (int four = 0; four < kGroup / 4; ++four) {
+            const __m256i low = load32(x[0] + four * 64), high = load32(x[0] + four * 64 + 32);
+#pragma GCC unroll 4
+            for (int r = 0; r < kBlockRows; ++r) {
+                const __m256i w = load_four(weights + r * pitch + four * 4);
+                dots[r][0] = {add_products(dots[r][0].low, w, low), add_products(dots[r][0].high, w, high)};
+            }
+        }
+    } else {
+        for (int half = 0; half < kGroup / 4; half += 8) {
+            __m256i pairs[kBlockRows][2];
+#pragma GCC unroll 4
+            for (int r = 0; r < kBlockRows; ++r) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
+            for (int four = half; four < half + 8; ++four) {
+                const __m256i low = load32(x[0] + four * 64), high = load32(x[0] + four * 64 + 32);
+#pragma GCC unroll 4
+                for (int r = 0; r < kBlockRows; ++r) {
+                    const __m256i w = load_four(weights + r * pitch + four * 4);
+                    pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(w, low));
+                    pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(w, high));
+                }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < kBlockRows; ++r) {
+                const __m256i ones = _mm256_set1_epi16(1);
+                dots[r][0] = {_mm256_add_epi32(dots[r][0].low, _mm256_madd_epi16(pairs[r][0], ones)),
+                              _mm256_add_epi32(dots[r][0].high, _mm256_madd_epi16(pairs[r][1], ones))};
+            }
+        }
+    }
+}
+
+inline void store_transposed(const Floats rows[kBlockRows], float* tile) {
+    for (int half = 0; half < 2; ++half) {
+        const auto part = [&](int r) { return half == 0 ? rows[r].low : rows[r].high; };
+        const __m256 lo01 = _mm256_unpacklo_ps(part(0), part(1)), hi01 = _mm256_unpackhi_ps(part(0), part(1));
+        const __m256 lo23 = _mm256_unpacklo_ps(part(2), part(3)), hi23 = _mm256_unpackhi_ps(part(2), part(3));
+        const __m256 tokens[4] = {_mm256_shuffle_ps(lo01, lo23, 0x44), _mm256_shuffle_ps(lo01, lo23, 0xee),
+                                  _mm256_shuffle_ps(hi01, hi23, 0x44), _mm256_shuffle_ps(hi01, hi23, 0xee)};
+        for (int i = 0; i < 4; ++i) {
+            float* out = tile + (8 * half + i) * kTileRows;
+            _mm_storeu_ps(out, _mm256_castps256_ps128(tokens[i]));
+            _mm_storeu_ps(out + 4 * kTileRows, _mm256_extractf128_ps(tokens[i], 1));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace fate

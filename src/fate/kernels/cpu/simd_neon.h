@@ -1,0 +1,230 @@
+// NEON, with dot products (Armv8.2) or without: a group is four vectors. See simd.h.
+//
+// Both multiply signed bytes: codes of 4 bits are that already; codes of 8 bits, less 128, are, and 128 times the sum of
+// the activations is added again. Without dot products the block kernel is left out: rows serve any number of tokens.
+#pragma once
+
+#include <arm_neon.h>
+
+#if defined(__ARM_FEATURE_DOTPROD)
+#define FATE_BLOCK_KERNEL
+#endif
+
+namespace fate {
+namespace {
+
+struct Codes {
+    uint8x16_t part[4];
+};
+struct Ints {
+    int32x4_t part[4];
+};
+struct Floats {
+    float32x4_t part[4];
+};
+using Quad = int32x4_t;  // lane = group
+
+// {f(0), f(1), f(2), f(3)}: a vector of four parts, without a loop that a compiler might keep.
+template <typename V, typename F>
+inline V parts(F f) {
+    return {{f(0), f(1), f(2), f(3)}};
+}
+
+inline Codes load_codes(const uint8_t* at) {
+    return parts<Codes>([&](int p) { return vld1q_u8(at + 16 * p); });
+}
+inline void store_codes(uint8_t* at, Codes codes) {
+    for (int p = 0; p < 4; ++p) vst1q_u8(at + 16 * p, codes.part[p]);
+}
+inline Codes fill(int value) {
+    return parts<Codes>([&](int) { return vdupq_n_u8(static_cast<uint8_t>(value)); });
+}
+inline Codes both(Codes x, Codes y) {
+    return parts<Codes>([&](int p) { return vandq_u8(x.part[p], y.part[p]); });
+}
+inline Codes either(Codes x, Codes y) {
+    return parts<Codes>([&](int p) { return vorrq_u8(x.part[p], y.part[p]); });
+}
+inline Codes select(Codes mask, Codes x, Codes y) {
+    return parts<Codes>([&](int p) { return vbslq_u8(mask.part[p], x.part[p], y.part[p]); });
+}
+template <int n>
+inline Codes shift_left(Codes x) {
+    return parts<Codes>([&](int p) { return vshlq_n_u8(x.part[p], n); });
+}
+template <int n>
+inline Codes shift_right(Codes x) {
+    return parts<Codes>([&](int p) { return vshrq_n_u8(x.part[p], n); });
+}
+
+template <int groups>
+inline Codes tail_bits(const uint8_t* plane, int g) {
+    return parts<Codes>([&](int p) {
+        const int at = groups == 1 ? 0 : p % 2 * 16, shift = groups == 1 ? 2 * p : 4 * g + p / 2 * 2;
+        return vshlq_u8(vld1q_u8(plane + at), vdupq_n_s8(static_cast<int8_t>(-shift)));
+    });
+}
+
+inline Floats load_floats16(const float* at) {
+    return parts<Floats>([&](int p) { return vld1q_f32(at + 4 * p); });
+}
+inline void store(float* at, Floats x) {
+    for (int p = 0; p < 4; ++p) vst1q_f32(at + 4 * p, x.part[p]);
+}
+inline Floats broadcast(float value) {
+    return parts<Floats>([&](int) { return vdupq_n_f32(value); });
+}
+inline Floats zero_floats() { return broadcast(0.0f); }
+inline Floats add(Floats x, Floats y) {
+    return parts<Floats>([&](int p) { return vaddq_f32(x.part[p], y.part[p]); });
+}
+inline Floats multiply(Floats x, Floats y) {
+    return parts<Floats>([&](int p) { return vmulq_f32(x.part[p], y.part[p]); });
+}
+inline Floats multiply_add(Floats x, Floats y, Floats z) {
+    return parts<Floats>([&](int p) { return vfmaq_f32(z.part[p], x.part[p], y.part[p]); });
+}
+inline Floats to_floats(Ints x) {
+    return parts<Floats>([&](int p) { return vcvtq_f32_s32(x.part[p]); });
+}
+
+// Fewer than eight are loaded as the last of eight that end where they end, and moved down.
+inline float16x8_t load_eight_halves(const uint16_t* at, int count) {
+    if (count <= 0) return vreinterpretq_f16_u16(vdupq_n_u16(0));
+    const int missing = count < 8 ? 8 - count : 0;
+    const uint8x16_t last = vreinterpretq_u8_u16(vld1q_u16(at - missing));
+    return vreinterpretq_f16_u8(vqtbl1q_u8(last, vld1q_u8(kMoveDown + 2 * missing)));
+}
+
+inline Floats load_halves(const uint16_t* at, int count) {
+    const bool whole = count >= 16;
+    const float16x8_t first = whole ? vreinterpretq_f16_u16(vld1q_u16(at)) : load_eight_halves(at, count);
+    const float16x8_t second = whole ? vreinterpretq_f16_u16(vld1q_u16(at + 8)) : load_eight_halves(at + 8, count - 8);
+    return {{vcvt_f32_f16(vget_low_f16(first)), vcvt_high_f32_f16(first), vcvt_f32_f16(vget_low_f16(second)),
+             vcvt_high_f32_f16(second)}};
+}
+
+inline float fold(Floats lanes) {
+    const float32x4_t four =
+        vaddq_f32(vaddq_f32(lanes.part[0], lanes.part[2]), vaddq_f32(lanes.part[1], lanes.part[3]));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+
+inline int8x16_t as_signed(uint8x16_t codes) { return vreinterpretq_s8_u8(codes); }
+inline int8x16_t less_128(uint8x16_t codes) { return as_signed(veorq_u8(codes, vdupq_n_u8(0x80))); }
+
+// The products of one group, in four partial sums.
+template <Mode mode>
+inline int32x4_t dot_group(Codes codes, const int8_t* x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    int32x4_t sums = vdupq_n_s32(0), x_sums = vdupq_n_s32(0);
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+        const int8x16_t own = vld1q_s8(x + 16 * p);
+        if constexpr (mode == Mode::kInt8) {
+            sums = vdotq_s32(sums, less_128(codes.part[p]), own);
+            x_sums = vdotq_s32(x_sums, vdupq_n_s8(1), own);
+        } else {
+            sums = vdotq_s32(sums, as_signed(codes.part[p]), own);
+        }
+    }
+    return mode == Mode::kInt8 ? vaddq_s32(sums, vshlq_n_s32(x_sums, 7)) : sums;
+#else
+    // 16 bits hold two products of 8-bit codes, and all eight of 4-bit codes that a lane gets.
+    int32x4_t sums = vdupq_n_s32(0);
+    int16x8_t few = vdupq_n_s16(0), x_sums = vdupq_n_s16(0);
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+        const int8x16_t own = vld1q_s8(x + 16 * p);
+        const int8x16_t w = mode == Mode::kInt8 ? less_128(codes.part[p]) : as_signed(codes.part[p]);
+        few = vmlal_high_s8(vmlal_s8(few, vget_low_s8(w), vget_low_s8(own)), w, own);
+        if constexpr (mode == Mode::kInt8) {
+            sums = vpadalq_s16(sums, few);
+            few = vdupq_n_s16(0);
+            x_sums = vpadalq_s8(x_sums, own);
+        }
+    }
+    if constexpr (mode == Mode::kInt8) return vaddq_s32(sums, vshlq_n_s32(vpaddlq_s16(x_sums), 7));
+    return vpaddlq_s16(few);
+#endif
+}
+
+inline Quad zero_quad() { return vdupq_n_s32(0); }
+
+template <Mode mode, int groups>
+inline Quad dot_quad(const Codes codes[groups], const int8_t* x) {
+    int32x4_t d[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+        d[g] = zero_quad();
+        if (g < groups) d[g] = dot_group<mode>(codes[g], x + g * kGroup);
+    }
+    return vpaddq_s32(vpaddq_s32(d[0], d[1]), vpaddq_s32(d[2], d[3]));
+}
+
+inline Ints join(Quad q0, Quad q1, Quad q2, Quad q3) { return {{q0, q1, q2, q3}}; }
+
+#if defined(FATE_BLOCK_KERNEL)
+
+constexpr int kBlockRows = 4, kBlocksAtOnce = 1, kBlockMinTokens = 9;
+
+// Four columns, number `lane` of the 16 in `w`, of 16 tokens.
+template <int lane>
+inline void add_products(Ints& sums, int8x16_t w, const Codes& x) {
+    sums = parts<Ints>([&](int p) { return vdotq_laneq_s32(sums.part[p], as_signed(x.part[p]), w, lane); });
+}
+
+template <Mode mode, int lane>
+inline void add_columns(const int8x16_t w[kBlockRows], const int8_t* x, Ints dots[kBlockRows][1], Ints& x_sums) {
+    const Codes columns = load_codes(reinterpret_cast<const uint8_t*>(x) + lane * 64);
+#pragma GCC unroll 4
+    for (int r = 0; r < kBlockRows; ++r) add_products<lane>(dots[r][0], w[r], columns);
+    if constexpr (mode == Mode::kInt8) add_products<0>(x_sums, vdupq_n_s8(1), columns);
+}
+
+template <Mode mode, int n>
+inline void dot_blocks(const uint8_t* weights, int64_t pitch, const int8_t* const* x, Ints dots[kBlockRows][n]) {
+    static_assert(n == 1);
+    Ints x_sums = parts<Ints>([](int) { return vdupq_n_s32(0); });
+#pragma GCC unroll 4
+    for (int r = 0; r < kBlockRows; ++r) dots[r][0] = x_sums;
+    for (int sixteen = 0; sixteen < kGroup / 16; ++sixteen) {
+        int8x16_t w[kBlockRows];
+#pragma GCC unroll 4
+        for (int r = 0; r < kBlockRows; ++r) {
+            const uint8x16_t codes = vld1q_u8(weights + r * pitch + sixteen * 16);
+            w[r] = mode == Mode::kInt8 ? less_128(codes) : as_signed(codes);
+        }
+        const int8_t* from = x[0] + sixteen * 4 * 64;
+        add_columns<mode, 0>(w, from, dots, x_sums);
+        add_columns<mode, 1>(w, from, dots, x_sums);
+        add_columns<mode, 2>(w, from, dots, x_sums);
+        add_columns<mode, 3>(w, from, dots, x_sums);
+    }
+    if constexpr (mode == Mode::kInt8) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kBlockRows; ++r) {
+            const Ints own = dots[r][0];
+            dots[r][0] =
+                parts<Ints>([&](int p) { return vaddq_s32(own.part[p], vshlq_n_s32(x_sums.part[p], 7)); });
+        }
+    }
+}
+
+inline void store_transposed(const Floats rows[kBlockRows], float* tile) {
+    for (int p = 0; p < 4; ++p) {
+        const float32x4x2_t pair01 = vtrnq_f32(rows[0].part[p], rows[1].part[p]);
+        const float32x4x2_t pair23 = vtrnq_f32(rows[2].part[p], rows[3].part[p]);
+        for (int i = 0; i < 2; ++i) {
+            float* out = tile + (4 * p + i) * kTileRows;
+            vst1q_f32(out, vcombine_f32(vget_low_f32(pair01.val[i]), vget_low_f32(pair23.val[i])));
+            vst1q_f32(out + 2 * kTileRows, vcombine_f32(vget_high_f32(pair01.val[i]), vget_high_f32(pair23.val[i])));
+        }
+    }
+}
+
+#endif
+
+}  // namespace
+}  // namespace fate

@@ -1,0 +1,18 @@
+// The tile kernels of one instruction set: compiled once for each (see CMakeLists.txt) with its flags, FATE_TILES, the
+// constant to define, and FATE_TILES_NAME.
+#include "simd.h"
+#include "tiles_rows.h"
+#if defined(FATE_BLOCK_KERNEL)
+#include "tiles_blocks.h"
+#endif
+
+namespace fate {
+
+#if defined(FATE_BLOCK_KERNEL)
+const TileKernels FATE_TILES = {FATE_TILES_NAME, kBlockMinTokens, band_bytes, simd_rows, simd_blocks};
+#else
+static int64_t no_scratch(int) { return 0; }
+const TileKernels FATE_TILES = {FATE_TILES_NAME, INT32_MAX, no_scratch, simd_rows, nullptr};
+#endif
+
+}  // namespace fate

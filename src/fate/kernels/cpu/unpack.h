@@ -1,0 +1,64 @@
+// A packed row's codes, scales and offsets as vectors, the same for every instruction set.
+#pragma once
+
+#include "simd.h"
+
+namespace fate {
+namespace {
+
+template <Mode mode, int groups>
+inline void unpack_tail(const uint8_t* high, const uint8_t* low, Codes codes[groups]) {
+    const Codes two_bits = fill(3);
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; ++g) {
+        codes[g] = shift_left<2>(both(tail_bits<groups>(high, g), two_bits));
+        if constexpr (mode == Mode::kInt4) codes[g] = either(codes[g], both(tail_bits<groups>(low, g), two_bits));
+    }
+}
+
+// A chunk of 4 groups, or the last 1 to 3 of a row, as one vector of codes each; in kInt2 the codes are 4h. The count
+// is a template argument throughout: vectors in an array of variable length would travel through memory.
+template <Mode mode, int groups>
+inline void unpack(const uint8_t* high, const uint8_t* low, Codes codes[groups]) {
+    if constexpr (mode == Mode::kInt8) {
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; ++g) codes[g] = load_codes(high + g * kGroup);
+    } else if constexpr (groups < 4) {
+        constexpr int pair = groups & 2;
+        if constexpr (pair > 0) unpack_tail<mode, 2>(high, low, codes);
+        if constexpr ((groups & 1) > 0) {
+            unpack_tail<mode, 1>(high + pair * kPlaneGroupBytes, low + pair * kPlaneGroupBytes, codes + pair);
+        }
+    } else if constexpr (mode == Mode::kInt2) {
+        const Codes h = load_codes(high), mask = fill(0x0c);
+        codes[0] = both(shift_left<2>(h), mask);
+        codes[1] = both(h, mask);
+        codes[2] = both(shift_right<2>(h), mask);
+        codes[3] = both(shift_right<4>(h), mask);
+    } else {
+        // Bits 2-3 and 6-7 of a byte from the high plane, the others from the low: groups 0 and 2, then 1 and 3.
+        const Codes h = load_codes(high), l = load_codes(low), high_half = fill(0xcc), nibble = fill(0x0f);
+        const Codes even = select(high_half, shift_left<2>(h), l);
+        const Codes odd = select(high_half, h, shift_right<2>(l));
+        codes[0] = both(even, nibble);
+        codes[1] = both(odd, nibble);
+        codes[2] = both(shift_right<4>(even), nibble);
+        codes[3] = both(shift_right<4>(odd), nibble);
+    }
+}
+
+struct Affine {
+    Floats scales, offsets;
+};
+
+// The scales and offsets of up to 16 groups from group `first`; lanes beyond the row are zero.
+template <Mode mode>
+inline Affine load_affine(const uint16_t* row, int groups, int first) {
+    const Floats scales = load_halves(row + first, groups - first);
+    const Floats offsets = load_halves(row + groups + first, groups - first);
+    if constexpr (mode == Mode::kInt2) return {scales, multiply_add(broadcast(1.5f), scales, offsets)};
+    return {scales, offsets};
+}
+
+}  // namespace
+}  // namespace fate

@@ -15,6 +15,7 @@ from cli_support import FAMILY, Cli, Refuse
 from fate.bench.comparison import SYSTEMS, Comparison
 from fate.bench.kernels import Limits
 from fate.bench.systems import SystemsBench
+from fate.kernels import native
 from tiny import tiny_store
 
 SMALL = ("--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 1)
@@ -55,6 +56,10 @@ def test_kernels(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert "reads 2.0 GB/s, int8 matrix product 3 GFLOP/s" in result.out
     assert result.json["shapes"][tiny_store(FAMILY).name]
+    assert result.json["environment"]["kernels"] == native.available()[0]
+    portable = cli("bench", "kernels", tiny_store(FAMILY), "--tokens", 1, "--repeats", 1, "--instructions", "portable")
+    assert "GFLOP/s; kernels portable" in portable.out
+    assert native.active().name == native.available()[0]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +69,7 @@ def test_kernels(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         (["store", "--shapes", "olmoe-1b-7b"], "give either MODEL or --shapes"),
         (["--shapes", "gpt-5"], "unknown shape 'gpt-5': choose one of "),
         (["--shapes", "olmoe-1b-7b", "--tokens", "1,0"], "tokens '1,0' is not valid"),
+        (["--shapes", "olmoe-1b-7b", "--instructions", "mmx"], "unknown instruction set 'mmx': choose one of "),
     ],
 )
 def test_kernels_of_nothing(refuse: Refuse, argv: list[str], words: str) -> None:

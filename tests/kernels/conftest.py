@@ -9,7 +9,6 @@ import pytest
 
 from fate.kernels import native
 
-
 ON_ARM = platform.machine() in ("aarch64", "arm64")
 COMPILED = [*(("neon-dotprod", "neon") if ON_ARM else ("avx512-vnni", "avx-vnni", "avx2")), "portable"]
 

@@ -199,6 +199,6 @@ def test_float64_activations_are_refused(compiled_kernel: str) -> None:
 def test_a_section_outside_of_the_record_is_refused() -> None:
     record = native.record(matrix_layout("int4", 5, 64))
     assert type(record).make(False, 4096, [(4, 64, 64, 128, 192)]) is not None
-    for high, affine, low in ((4096, 128, 192), (-1, 128, 192), (64, 4090, 192), (64, 128, 4064)):
+    for high, affine, low in ((4096, 128, 192), (-1, 128, 192), (64, 4090, 192), (64, 62, 192), (64, 128, 4064)):
         with pytest.raises(ValueError, match="outside of its record"):
             type(record).make(False, 4096, [(4, 64, high, affine, low)])

@@ -46,9 +46,9 @@ Record make_record(bool int8, int64_t bytes, const std::vector<Place>& places) {
         require(rows > 0 && cols > 0 && rows < INT32_MAX && cols < INT32_MAX / 64, "a matrix has a bad shape");
         const int64_t groups = (cols + kGroup - 1) / kGroup;
         const int64_t plane = rows * groups * (int8 ? kGroup : kPlaneGroupBytes);
+        // Behind the constants: kernels may read a few bytes before the scales.
         require(within(high, plane, bytes) && within(affine, rows * groups * 4, bytes) && affine >= 64 &&
-                    affine % 2 == 0 &&
-                    (int8 || within(low, plane, bytes)),
+                    affine % 2 == 0 && (int8 || within(low, plane, bytes)),
                 "a section lies outside of its record");
         record.places[i] = {high, affine, low, static_cast<int>(rows), static_cast<int>(cols)};
     }

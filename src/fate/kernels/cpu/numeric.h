@@ -53,8 +53,8 @@ static inline uint16_t float_to_bfloat16(float value) {
 // Nearest integer, ties to even, for |value| < 2^22, without the instruction that SSE2 lacks.
 static inline float round_even(float value) { return (value + 0x1.8p23f) - 0x1.8p23f; }
 
-// x * y + z, rounded once. Where no instruction does it: the product is exact in double, its sum with z is made odd if it
-// is not exact, and then rounding it again gives what rounding once would have given.
+// x * y + z, rounded once. Where no instruction does it: the product is exact in double, its sum with z is made odd if
+// it is not exact, and then rounding it again gives what rounding once would have given.
 static inline float fused_multiply_add(float x, float y, float z) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(x, y, z);

@@ -8,7 +8,7 @@
 //     tail_bits<groups>(plane, g)      the bits of group g of a tail of 1 or 2 groups, lowest two of each byte
 //   Floats                       16 floats
 //     load_floats16, store, broadcast, zero_floats, add, multiply, multiply_add(x, y, z) = x * y + z rounded once
-//     load_halves(at, count)           count >= 16, or zeros beyond; reads no further, but up to 14 bytes before `at`
+//     load_halves(at), (at, count)     16, or fewer and zeros beyond: reads no further, but up to 14 bytes before `at`
 //     fold(x)                          the sum in the order that tiles.h gives
 //   Ints                         16 int32; to_floats
 //   Quad                         sums of products of four groups, part of the way
@@ -16,8 +16,8 @@
 //     join(q0, q1, q2, q3)             -> Ints: the sums of 16 groups
 //   kBlockRows, kBlocksAtOnce    the shape of the block kernel, without which FATE_BLOCK_KERNEL is not defined;
 //   kBlockMinTokens              from how many tokens it is the faster one, as measured
-//     dot_blocks<mode, n>(weights, pitch, x, dots)  one group of kBlockRows rows, `pitch` bytes apart, times n blocks of
-//                                      16 tokens, x[b] [16][16 tokens][4 columns] -> dots[row][b], lanes = tokens
+//     dot_blocks<mode, n>(weights, pitch, x, dots)  one group of kBlockRows rows, `pitch` bytes apart, times n blocks
+//                                      of 16 tokens, x[b] [16][16 tokens][4 columns] -> dots[row][b], lanes = tokens
 //     store_transposed(rows, tile)     rows [kBlockRows] of 16 tokens -> tile[token][row]
 //
 // Integer sums are exact and every float operation is one rounding in a given order, so all give the same bits.

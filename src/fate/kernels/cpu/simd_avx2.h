@@ -88,6 +88,10 @@ inline Floats multiply_add(Floats x, Floats y, Floats z) {
 }
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 
+inline __m256 load_eight_halves(const uint16_t* at) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+
 // Fewer than eight are loaded as the last of eight that end where they end, and moved down.
 inline __m256 load_eight_halves(const uint16_t* at, int count) {
     if (count <= 0) return _mm256_setzero_ps();
@@ -97,11 +101,8 @@ inline __m256 load_eight_halves(const uint16_t* at, int count) {
     return _mm256_cvtph_ps(_mm_shuffle_epi8(last, move));
 }
 
+inline Floats load_halves(const uint16_t* at) { return {load_eight_halves(at), load_eight_halves(at + 8)}; }
 inline Floats load_halves(const uint16_t* at, int count) {
-    if (count >= 16) {
-        const __m128i* halves = reinterpret_cast<const __m128i*>(at);
-        return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
-    }
     return {load_eight_halves(at, count), load_eight_halves(at + 8, count - 8)};
 }
 

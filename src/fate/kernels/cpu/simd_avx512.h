@@ -54,8 +54,9 @@ inline Floats multiply(Floats x, Floats y) { return _mm512_mul_ps(x, y); }
 inline Floats multiply_add(Floats x, Floats y, Floats z) { return _mm512_fmadd_ps(x, y, z); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 
+inline Floats load_halves(const uint16_t* at) { return _mm512_cvtph_ps(_mm256_loadu_epi16(at)); }
 inline Floats load_halves(const uint16_t* at, int count) {
-    const __mmask16 valid = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+    const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1);
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, at));
 }
 

@@ -1,7 +1,7 @@
 // NEON, with dot products (Armv8.2) or without: a group is four vectors. See simd.h.
 //
-// Both multiply signed bytes: codes of 4 bits are that already; codes of 8 bits, less 128, are, and 128 times the sum of
-// the activations is added again. Without dot products the block kernel is left out: rows serve any number of tokens.
+// Both multiply signed bytes: codes of 4 bits are that already; codes of 8 bits, less 128, are, and 128 times the sum
+// of the activations is added again. Without dot products there is no block kernel: rows serve any number of tokens.
 #pragma once
 
 #include <arm_neon.h>
@@ -88,6 +88,8 @@ inline Floats to_floats(Ints x) {
     return parts<Floats>([&](int p) { return vcvtq_f32_s32(x.part[p]); });
 }
 
+inline float16x8_t load_eight_halves(const uint16_t* at) { return vreinterpretq_f16_u16(vld1q_u16(at)); }
+
 // Fewer than eight are loaded as the last of eight that end where they end, and moved down.
 inline float16x8_t load_eight_halves(const uint16_t* at, int count) {
     if (count <= 0) return vreinterpretq_f16_u16(vdupq_n_u16(0));
@@ -96,12 +98,13 @@ inline float16x8_t load_eight_halves(const uint16_t* at, int count) {
     return vreinterpretq_f16_u8(vqtbl1q_u8(last, vld1q_u8(kMoveDown + 2 * missing)));
 }
 
-inline Floats load_halves(const uint16_t* at, int count) {
-    const bool whole = count >= 16;
-    const float16x8_t first = whole ? vreinterpretq_f16_u16(vld1q_u16(at)) : load_eight_halves(at, count);
-    const float16x8_t second = whole ? vreinterpretq_f16_u16(vld1q_u16(at + 8)) : load_eight_halves(at + 8, count - 8);
+inline Floats widen(float16x8_t first, float16x8_t second) {
     return {{vcvt_f32_f16(vget_low_f16(first)), vcvt_high_f32_f16(first), vcvt_f32_f16(vget_low_f16(second)),
              vcvt_high_f32_f16(second)}};
+}
+inline Floats load_halves(const uint16_t* at) { return widen(load_eight_halves(at), load_eight_halves(at + 8)); }
+inline Floats load_halves(const uint16_t* at, int count) {
+    return widen(load_eight_halves(at, count), load_eight_halves(at + 8, count - 8));
 }
 
 inline float fold(Floats lanes) {

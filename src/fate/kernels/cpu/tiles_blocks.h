@@ -1,5 +1,5 @@
-// Prefill: tokens in block form. A band of kBlockRows weight rows is unpacked once for all tokens; vectors hold 4 columns
-// of 16 tokens and meet 4 broadcast weights, lanes = tokens.
+// Prefill: tokens in block form. A band of kBlockRows weight rows is unpacked once for all tokens; vectors hold 4
+// columns of 16 tokens and meet 4 broadcast weights, lanes = tokens.
 #pragma once
 
 #include "tiles.h"
@@ -40,6 +40,11 @@ inline void unpack_to(const uint8_t* high, const uint8_t* low, uint8_t* out) {
     for (int g = 0; g < groups; ++g) store_codes(out + g * kGroup, codes[g]);
 }
 
+inline void store_affine(const Affine& affine, float* scales, float* offsets) {
+    store(scales, affine.scales);
+    store(offsets, affine.offsets);
+}
+
 template <Mode mode>
 void unpack_band(const Matrix& matrix, int row, int count, const Band& band) {
     constexpr int kStep = mode == Mode::kInt8 ? kGroup : kPlaneGroupBytes;
@@ -61,9 +66,10 @@ void unpack_band(const Matrix& matrix, int row, int count, const Band& band) {
         else if (left == 2) unpack_to<mode, 2>(high + g * kStep, low + g * kStep, codes + g * kGroup);
         else if (left == 1) unpack_to<mode, 1>(high + g * kStep, low + g * kStep, codes + g * kGroup);
         for (g = 0; g < groups; g += kLanes) {
-            const Affine affines = load_affine<mode>(matrix.affine_row(row + r), groups, g);
-            store(band.scales + r * padded + g, affines.scales);
-            store(band.offsets + r * padded + g, affines.offsets);
+            const uint16_t* affine = matrix.affine_row(row + r);
+            float *scales = band.scales + r * padded + g, *offsets = band.offsets + r * padded + g;
+            if (groups - g >= kLanes) store_affine(load_affine<mode, true>(affine, groups, g), scales, offsets);
+            else store_affine(load_affine<mode, false>(affine, groups, g), scales, offsets);
         }
     }
 }

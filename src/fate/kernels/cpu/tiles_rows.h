@@ -33,11 +33,11 @@ inline void dot_tokens(const uint8_t* high, const uint8_t* low, const TokenRow* 
     for (int t = 0; t < n; ++t) quads[t] = dot_quad<mode, groups>(codes, tokens[t].codes + x);
 }
 
-// Adds 16 groups, from group `first`, to the lanes of each token. quads[at][t].
-template <Mode mode, int n>
+// Adds 16 groups from group `first`, or, unless `whole`, the row's last, to the lanes of each token. quads[at][t].
+template <Mode mode, int n, bool whole>
 inline void add_lanes(const Quad quads[4][n], const uint16_t* affine, int groups, int first, const TokenRow* tokens,
                       Floats lanes[n]) {
-    const Affine affines = load_affine<mode>(affine, groups, first);
+    const Affine affines = load_affine<mode, whole>(affine, groups, first);
 #pragma GCC unroll 4
     for (int t = 0; t < n; ++t) {
         const Floats sums = to_floats(join(quads[0][t], quads[1][t], quads[2][t], quads[3][t]));
@@ -66,7 +66,7 @@ inline void row_outputs(const Matrix& matrix, int row, const TokenRow* tokens, f
             prefetch_planes<mode>(high + g * kStep, low + g * kStep);
             dot_tokens<mode, n, 4>(high + g * kStep, low + g * kStep, tokens, g * kGroup, quads[at]);
         }
-        add_lanes<mode, n>(quads, affine, groups, static_cast<int>(first), tokens, lanes);
+        add_lanes<mode, n, true>(quads, affine, groups, static_cast<int>(first), tokens, lanes);
     }
     if (first < groups) {
         Quad quads[4][n];
@@ -83,7 +83,7 @@ inline void row_outputs(const Matrix& matrix, int row, const TokenRow* tokens, f
             else
                 for (int t = 0; t < n; ++t) quads[at][t] = zero_quad();
         }
-        add_lanes<mode, n>(quads, affine, groups, static_cast<int>(first), tokens, lanes);
+        add_lanes<mode, n, false>(quads, affine, groups, static_cast<int>(first), tokens, lanes);
     }
     for (int t = 0; t < n; ++t) tile[t * kTileRows] = fold(lanes[t]) * matrix.gain;
 }

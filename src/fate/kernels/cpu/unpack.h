@@ -51,11 +51,13 @@ struct Affine {
     Floats scales, offsets;
 };
 
-// The scales and offsets of up to 16 groups from group `first`; lanes beyond the row are zero.
-template <Mode mode>
+// The scales and offsets of 16 groups from group `first`, or, unless `whole`, of the row's last; lanes beyond are zero.
+template <Mode mode, bool whole>
 inline Affine load_affine(const uint16_t* row, int groups, int first) {
-    const Floats scales = load_halves(row + first, groups - first);
-    const Floats offsets = load_halves(row + groups + first, groups - first);
+    const uint16_t *scales_at = row + first, *offsets_at = scales_at + groups;
+    const int count = groups - first;
+    const Floats scales = whole ? load_halves(scales_at) : load_halves(scales_at, count);
+    const Floats offsets = whole ? load_halves(offsets_at) : load_halves(offsets_at, count);
     if constexpr (mode == Mode::kInt2) return {scales, multiply_add(broadcast(1.5f), scales, offsets)};
     return {scales, offsets};
 }

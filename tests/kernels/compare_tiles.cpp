@@ -1,9 +1,10 @@
 // Compares the tile kernels of every instruction set that the processor has with the portable ones, bit for bit, at
-// shapes with every tail of the packing. Prints what was compared, a name a line; exits with 1 at a difference. What the
-// kernels read ends where an unreadable page begins. Needs no Python, so that it runs where only a C++ compiler does.
+// shapes with every tail of the packing. Prints what was compared, a name a line; exits with 1 at a difference. What
+// the kernels read ends where an unreadable page begins.
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +20,9 @@ namespace {
 std::mt19937 g_random(7);
 
 uint32_t below(uint32_t limit) { return g_random() % limit; }
-float uniform(float least, float most) { return least + (most - least) * static_cast<float>(g_random() >> 8) * 0x1p-24f; }
+float uniform(float least, float most) {
+    return least + (most - least) * static_cast<float>(g_random() >> 8) * 0x1p-24f;
+}
 
 // `bytes` random bytes; the page behind them cannot be read.
 class Guarded {
@@ -86,9 +89,11 @@ bool compare(Mode mode, int rows, int groups, int count_tokens) {
         token_rows.push_back(quantized.row(t));
     }
     for (int b = 0; b < num_blocks; ++b) {
-        interleave(token_rows.data() + b * kBlockTokens, std::min(count_tokens - b * kBlockTokens, kBlockTokens), blocks, b);
+        const int first = b * kBlockTokens;
+        interleave(token_rows.data() + first, std::min(count_tokens - first, kBlockTokens), blocks, b);
     }
-    const Tokens in_rows{count_tokens, token_rows.data(), blocks, false}, in_blocks{count_tokens, token_rows.data(), blocks, true};
+    const Tokens in_rows{count_tokens, token_rows.data(), blocks, false};
+    const Tokens in_blocks{count_tokens, token_rows.data(), blocks, true};
     const int row = static_cast<int>(below(rows)), count = std::min(rows - row, kTileRows);
     const std::vector<float> expected = tile_of(kPortableTiles, matrix, row, count, in_rows);
     for (const TileKernels* kernels : available_tile_kernels()) {

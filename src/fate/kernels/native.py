@@ -32,8 +32,6 @@ except ImportError as error:
         "reinstall fate-moe with a C++20 compiler at hand"
     )
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MAX_RECORDS = 4096
 _INSTRUCTIONS = {
     "avx512-vnni": "AVX-512 with VNNI",
     "avx-vnni": "AVX2 with VNNI",
@@ -42,6 +40,9 @@ _INSTRUCTIONS = {
     "neon": "NEON",
     "portable": f"plain C++ on {platform.machine()}",
 }
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAX_RECORDS = 4096
 
 _extension: Any = _cpu
 _records: dict[int, tuple[RecordLayout, Any]] = {}

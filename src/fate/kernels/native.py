@@ -13,6 +13,7 @@ import torch
 
 from fate.errors import UnknownNameError
 from fate.kernels import threads
+from fate.kernels.activation import KINDS, ExpertActivation
 from fate.store.format import RecordLayout
 
 try:
@@ -25,10 +26,10 @@ except ImportError as error:
     _missing = f"the compiled kernels are missing ({error}); reinstall fate-moe with a C++20 compiler at hand"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MAX_RECORDS = 4096
+_MAX_OBJECTS = 4096
 
 _extension: Any = _cpu
-_records: dict[int, tuple[RecordLayout, Any]] = {}
+_objects: dict[int, tuple[object, Any]] = {}  # the extension's own, by the identity of ours, which is kept with it
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,26 @@ def extension() -> Any:
 
 def record(layout: RecordLayout) -> Any:
     """`layout` as the extension's own object, built once: looked up by identity, which is cheaper than hashing."""
-    entry = _records.get(id(layout))
-    if entry is None:
-        if len(_records) >= _MAX_RECORDS:
-            _records.clear()
-        entry = _records[id(layout)] = (layout, _make_record(layout))
-    return entry[1]
+    entry = _objects.get(id(layout))
+    return _remember(layout, _make_record(layout)) if entry is None else entry[1]
+
+
+def activation(activation: ExpertActivation) -> Any:
+    """The same of an activation."""
+    entry = _objects.get(id(activation))
+    return _remember(activation, _make_activation(activation)) if entry is None else entry[1]
+
+
+def _remember(ours: object, its: Any) -> Any:
+    if len(_objects) >= _MAX_OBJECTS:
+        _objects.clear()
+    _objects[id(ours)] = (ours, its)
+    return its
+
+
+def _make_activation(form: ExpertActivation) -> Any:
+    limits = (form.alpha, form.gate_max, form.act_max, form.up_limit, form.up_offset)
+    return _cpu.ExpertActivation.make(KINDS.index(form.kind), form.gated, form.interleaved, *limits)
 
 
 def _make_record(layout: RecordLayout) -> Any:

@@ -53,9 +53,8 @@ static inline uint16_t float_to_bfloat16(float value) {
 // Nearest integer, ties to even, for |value| < 2^22, without the instruction that SSE2 lacks.
 static inline float round_even(float value) { return (value + 0x1.8p23f) - 0x1.8p23f; }
 
-// x / (1 + exp(-x)). exp by a degree-6 polynomial on [-0.5, 0.5] octaves: relative error below 2e-7.
-static inline float silu(float x) {
-    float octaves = x * -1.44269504f;
+// 2^octaves, for octaves held within [-126, 126], by a degree-6 polynomial on [-0.5, 0.5]: relative error below 2e-7.
+__attribute__((always_inline)) static inline float exp2_clamped(float octaves) {
     octaves = octaves > 126.0f ? 126.0f : octaves;
     octaves = octaves < -126.0f ? -126.0f : octaves;
     const float whole = round_even(octaves);
@@ -68,8 +67,9 @@ static inline float silu(float x) {
     power = power * f + 6.93147181e-1f;
     power = power * f + 1.0f;
     const uint32_t exponent = std::bit_cast<uint32_t>(whole + 0x1.8p23f) << 23;
-    const float exp = std::bit_cast<float>(std::bit_cast<uint32_t>(power) + exponent);
-    return x / (1.0f + exp);
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(power) + exponent);
 }
+
+constexpr float kLog2E = 1.44269504f;
 
 }  // namespace fate

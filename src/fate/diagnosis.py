@@ -20,8 +20,8 @@ from fate.memory import MIB, available_bytes, cgroup_limit_bytes, format_bytes
 
 _PACKAGES = ("fate-moe", "torch", "transformers", "safetensors", "huggingface_hub", "hqq")
 _FUSED = (
-    "SwiGLU, also clamped, scaled or softcapped; GELU (exact, tanh), ReLU, ReLU^2, gated or not, with or without biases; "
-    "a module is tried at load, and another activation runs as its own code around packed linears"
+    "SwiGLU, also clamped, scaled or softcapped; GELU (exact, tanh), ReLU, ReLU^2; gated or not, with or without "
+    "biases; a module is tried at load, and another activation runs as its own code around packed linears"
 )
 
 

@@ -28,9 +28,7 @@ class Case:
 
     def run(self, precisions: list[Precision]) -> Tensor:
         rows = torch.full((len(self.x), self.top_k, self.layout.matrices[0].cols), float("nan"))
-        experts(
-            self.x, self.pool, self.layout, self.slot_offsets, precisions, self.pair_offsets, self.pairs, rows
-        )
+        experts(self.x, self.pool, self.layout, self.slot_offsets, precisions, self.pair_offsets, self.pairs, rows)
         return rows
 
     def exact(self, precisions: list[Precision]) -> Tensor:

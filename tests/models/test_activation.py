@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import sweep.tiny_configs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
+import sweep.tiny_configs
 from fate.kernels import SWIGLU, ExpertActivation
 from fate.models.activation import recognise
 from fate.models.adapter import build_meta_model, find_moe_layers

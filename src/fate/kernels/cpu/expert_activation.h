@@ -3,8 +3,8 @@
 //   gated    min(act(min(gate, gate_max)), act_max) * (clamp(up, -up_limit, up_limit) + up_offset)
 //   plain    act(up)
 //
-// silu is x * sigmoid(alpha * x). silu_softcap bounds softly, limit * tanh(x / limit), and its sigmoid sees what was not
-// bounded:   softcap(gate, gate_max) * sigmoid(gate) * softcap(up, up_limit)
+// silu is x * sigmoid(alpha * x). silu_softcap bounds softly, limit * tanh(x / limit), and its sigmoid sees what was
+// not bounded: softcap(gate, gate_max) * sigmoid(gate) * softcap(up, up_limit).
 #pragma once
 
 #include <limits>

@@ -2,7 +2,7 @@
 //
 // Experts are taken in passes of at most kMaxPairs pairs, which bounds the scratch; an expert with more pairs is cut.
 // A pass has up to five steps, each shared over all threads:
-//   interleave tokens (experts with many) | first matrix, bias, activation -> inter | quantize inter | down, bias -> rows
+//   interleave tokens (experts with many) | first matrix, bias, activation -> inter | quantize inter | down -> rows
 //
 // `inter` is quantized twice, values and what rounding left of them, and `down` sums the products of both: a product of
 // two factors has far larger extremes than they have, and in int8 alone it costs more accuracy than all the rest.

@@ -47,6 +47,15 @@ struct Random {
 // Whether buffers end at a page that cannot be read instead of on the heap: masked vector loads pass by the sanitizer.
 inline bool g_guarded = false;
 
+struct Free {
+    void* pages = nullptr;
+    int64_t mapped = 0;
+    void operator()(uint8_t* at) const {
+        if (pages != nullptr) munmap(pages, mapped);
+        else std::free(at);
+    }
+};
+
 // `bytes` bytes, no more: what is read or written beyond ends the process.
 class Exact {
   public:
@@ -55,11 +64,12 @@ class Exact {
             const int64_t room = (bytes + kPage - 1) / kPage * kPage;
             void* pages = mmap(nullptr, room + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
             if (pages == MAP_FAILED || mprotect(static_cast<char*>(pages) + room, kPage, PROT_NONE) != 0) std::abort();
-            data_ = {static_cast<uint8_t*>(pages) + room - bytes, {pages, room + kPage}};
+            uint8_t* at = static_cast<uint8_t*>(pages) + room - bytes;
+            data_ = std::unique_ptr<uint8_t, Free>(at, Free{pages, room + kPage});
         } else {
             void* at = nullptr;
             if (posix_memalign(&at, 64, std::max<int64_t>(bytes, 1)) != 0) std::abort();
-            data_ = {static_cast<uint8_t*>(at), {}};
+            data_ = std::unique_ptr<uint8_t, Free>(static_cast<uint8_t*>(at));
         }
     }
     template <typename T = uint8_t>
@@ -69,14 +79,6 @@ class Exact {
   private:
     static constexpr int64_t kPage = 4096;
 
-    struct Free {
-        void* pages = nullptr;
-        int64_t mapped = 0;
-        void operator()(uint8_t* at) const {
-            if (pages != nullptr) munmap(pages, mapped);
-            else std::free(at);
-        }
-    };
     std::unique_ptr<uint8_t, Free> data_;
     int64_t size_;
 };

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,10 @@ except ImportError as error:
     _missing = f"the compiled kernels are missing ({error}); reinstall fate-moe with a C++20 compiler at hand"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MAX_OBJECTS = 4096
+_MAX_RECORDS = 4096
 
 _extension: Any = _cpu
-_objects: dict[int, tuple[object, Any]] = {}  # the extension's own, by the identity of ours, which is kept with it
+_records: dict[int, tuple[RecordLayout, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,17 @@ def extension() -> Any:
 
 def record(layout: RecordLayout) -> Any:
     """`layout` as the extension's own object, built once: looked up by identity, which is cheaper than hashing."""
-    entry = _objects.get(id(layout))
-    return _remember(layout, _make_record(layout)) if entry is None else entry[1]
+    entry = _records.get(id(layout))
+    if entry is None:
+        if len(_records) >= _MAX_RECORDS:
+            _records.clear()
+        entry = _records[id(layout)] = (layout, _make_record(layout))
+    return entry[1]
 
 
-def activation(activation: ExpertActivation) -> Any:
-    """The same of an activation."""
-    entry = _objects.get(id(activation))
-    return _remember(activation, _make_activation(activation)) if entry is None else entry[1]
-
-
-def _remember(ours: object, its: Any) -> Any:
-    if len(_objects) >= _MAX_OBJECTS:
-        _objects.clear()
-    _objects[id(ours)] = (ours, its)
-    return its
-
-
-def _make_activation(form: ExpertActivation) -> Any:
+@functools.lru_cache(maxsize=256)
+def activation(form: ExpertActivation) -> Any:
+    """`form` as the extension's own object."""
     limits = (form.alpha, form.gate_max, form.act_max, form.up_limit, form.up_offset)
     return _cpu.ExpertActivation.make(KINDS.index(form.kind), form.gated, form.interleaved, *limits)
 

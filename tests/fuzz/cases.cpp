@@ -32,7 +32,7 @@ struct Packed {
 
     Packed(Random& random, int rows, int cols, Mode mode, const std::string& planted)
         : high(sections_of(rows, cols, mode == Mode::kInt8).high - (planted == "high" ? 1 : 0)),
-          affine(sections_of(rows, cols, mode == Mode::kInt8).affine - (planted == "affine" ? 2 : 0)),
+          affine(sections_of(rows, cols, mode == Mode::kInt8).affine - (planted == "affine" ? 4 : 0)),
           low(mode == Mode::kInt4 ? sections_of(rows, cols, false).low - (planted == "low" ? 1 : 0) : 0),
           matrix{high.as(), mode == Mode::kInt4 ? low.as() : nullptr, affine.as<uint16_t>(), rows, cols,
                  static_cast<int>(groups_of(cols)), 1.0f / std::sqrt(static_cast<float>(cols)), mode} {

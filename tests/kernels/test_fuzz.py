@@ -10,9 +10,9 @@ from fate.kernels import native
 
 
 def test_random_calls(compiled_kernel: str) -> None:
-    made = kernel_fuzz.fuzz(rounds=60, first_seed=1, kernel=compiled_kernel)
+    made = kernel_fuzz.fuzz(rounds=25, first_seed=1, kernel=compiled_kernel)
     assert len(made) == 2
-    assert min(made.values()) >= 15
+    assert min(made.values()) >= 5
 
 
 @pytest.mark.skipif(native.extension() is None, reason="needs the compiled extension")

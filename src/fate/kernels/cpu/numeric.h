@@ -5,8 +5,10 @@
 #include <bit>
 #include <cstdint>
 
-// Loops marked FATE_CLONES are compiled per instruction set and resolved when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12
+// Loops marked FATE_CLONES are compiled per instruction set and resolved when the library is loaded, which is before
+// ThreadSanitizer can run anything.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_THREAD__)
 #define FATE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FATE_CLONES

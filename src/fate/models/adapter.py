@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers.activations import SiLUActivation
 
 from fate.errors import NotMoEError, UnsupportedModelError
 from fate.models.adapters import Adaptation, adapt, adaptation
@@ -146,6 +147,10 @@ def _num_experts(name: str, module: nn.Module) -> int:
     if isinstance(count := getattr(module, "num_experts", None), int):
         return count
     raise UnsupportedModelError(f"{name} does not say how many experts it has (no num_experts attribute)")
+
+
+def is_silu(activation: object) -> bool:
+    return isinstance(activation, nn.SiLU | SiLUActivation) or activation is nn.functional.silu
 
 
 def _recorded_router_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:

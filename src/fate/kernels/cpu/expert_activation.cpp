@@ -12,9 +12,6 @@ namespace fate {
 FATE_INLINE float at_most(float x, float most) { return x > most ? most : x; }
 FATE_INLINE float at_least(float x, float least) { return x < least ? least : x; }
 
-// x * sigmoid(alpha * x), `rate` being -alpha / ln 2.
-FATE_INLINE float silu(float x, float rate) { return x / (1.0f + exp2_clamped(x * rate)); }
-
 // x * Phi(x), with the complementary error function of Abramowitz and Stegun 7.1.26: error below 1e-7 * |x|.
 FATE_INLINE float gelu(float x) {
     const float z = std::fabs(x) * 0.707106781f;

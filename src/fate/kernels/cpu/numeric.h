@@ -74,4 +74,9 @@ __attribute__((always_inline)) static inline float exp2_clamped(float octaves) {
 
 constexpr float kLog2E = 1.44269504f;
 
+// x * sigmoid(alpha * x), `rate` being -alpha / ln 2.
+__attribute__((always_inline)) static inline float silu(float x, float rate = -kLog2E) {
+    return x / (1.0f + exp2_clamped(x * rate));
+}
+
 }  // namespace fate

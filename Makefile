@@ -1,6 +1,7 @@
 # make demo    set up and generate text from the bundled model with a quarter of its experts resident
 # make test    set up and run the default test suite
 # make families  put every family that transformers knows to the proof and write docs/families.md
+# make fuzz    random calls of the kernels against float64, then under AddressSanitizer and ThreadSanitizer
 # make check   formatting, lint, types and import layers
 # make slow    the tests marked slow
 # make clean   remove the environment, builds and caches
@@ -9,13 +10,15 @@ PYTHON ?= python3
 VENV := .venv
 DEMO = $(VENV)/bin/fate run assets/mini-moe "Question: Tom has 3 apples and buys 5 more. How many apples does he have?" --experts 25% --max-new-tokens 60 --seed 1
 
+comma := ,
+
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find src CMakeLists.txt -name CMakeLists.txt -o -name '*.cmake' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 
 # The environment is this project's alone: nothing of the caller's may leak in.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: setup demo test check slow families clean
+.PHONY: setup demo test check slow families fuzz clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED)
@@ -38,6 +41,22 @@ slow: $(INSTALLED)
 
 families: $(INSTALLED)
 	@HF_HUB_OFFLINE=1 PYTHONPATH=tests $(VENV)/bin/python -m sweep
+
+FUZZ_ROUNDS ?= 5000
+FUZZ_SEED ?= 1
+PLANTED = x bias out high affine low experts-record
+fuzz_driver = $(VENV)/bin/python -m pip wheel -q --disable-pip-version-check --no-deps -w build/fuzz/wheels . \
+	-Cbuild-dir=build/fuzz/$(1) -Ccmake.define.FATE_FUZZ=$(2) -Cbuild.targets=kernel_fuzz -Cinstall.components=none
+
+# The driver must end where a buffer is an element short, or its silence would mean nothing.
+fuzz: $(INSTALLED)
+	PYTHONPATH=tests $(VENV)/bin/python -m kernel_fuzz $(FUZZ_ROUNDS) $(FUZZ_SEED)
+	$(call fuzz_driver,address,address$(comma)undefined)
+	$(call fuzz_driver,thread,thread)
+	@for what in $(PLANTED); do if build/fuzz/address/kernel_fuzz --plant $$what >/dev/null 2>&1; \
+		then echo "planted in $$what: not noticed"; exit 1; fi; done; echo "planted: all noticed"
+	build/fuzz/address/kernel_fuzz $(FUZZ_ROUNDS) $(FUZZ_SEED)
+	build/fuzz/thread/kernel_fuzz $(FUZZ_ROUNDS) $(FUZZ_SEED)
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

@@ -16,8 +16,9 @@ def matrix_layout(codec: str, rows: int, cols: int) -> RecordLayout:
     return RecordLayout(codec, (MatrixSpec("weight", rows, cols),), page_aligned=False)
 
 
-def expert_layout(codec: str, hidden: int, inner: int) -> RecordLayout:
-    return RecordLayout(codec, (MatrixSpec("gate_up_proj", 2 * inner, hidden), MatrixSpec("down_proj", hidden, inner)))
+def expert_layout(codec: str, hidden: int, inner: int, gated: bool = True) -> RecordLayout:
+    first = MatrixSpec("gate_up_proj", 2 * inner, hidden) if gated else MatrixSpec("up_proj", inner, hidden)
+    return RecordLayout(codec, (first, MatrixSpec("down_proj", hidden, inner)))
 
 
 def random_record(layout: RecordLayout, seed: int = 0, whole: bool = False) -> Tensor:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from fate.errors import OutputExistsError, UnknownNameError, UsageError
+from fate.kernels import SWIGLU
+from fate.models.activation import recognise
 from fate.models.adapter import build_meta_model, find_moe_layers
 from fate.quant.packing import unpack_plane
 from fate.store.format import GROUP, RecordLayout, padded_cols
@@ -115,7 +117,7 @@ def test_full_size_shapes(name: str, layers: int, experts: int, top_k: int, para
     found = find_moe_layers(model)
     assert (len(found), found[0].num_experts, config.num_experts_per_tok) == (layers, experts, top_k)
     assert [(m.rows, m.cols) for m in found[0].matrices] == [(2816, 2048), (2048, 1408)]
-    assert found[0].is_swiglu
+    assert recognise(found[0].experts) == SWIGLU
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(parameters_billion, abs=0.05)
 
 

@@ -20,7 +20,10 @@ from fate.kernels import native
 from fate.memory import MIB, available_bytes, cgroup_limit_bytes, format_bytes
 
 _PACKAGES = ("fate-moe", "torch", "transformers", "safetensors", "huggingface_hub", "hqq")
-_FUSED = "SwiGLU; other activations run through the module's own _apply_gate around packed linears"
+_FUSED = (
+    "SwiGLU, also clamped, scaled or softcapped; GELU (exact, tanh), ReLU, ReLU^2; gated or not, with or without "
+    "biases; a module is tried at load, and another activation runs as its own code around packed linears"
+)
 
 
 def diagnose(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def press() -> None:
 
 
 def test_the_experts_in_memory_stay_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, real, due = torch.arange(200)[None], kernels.experts_swiglu, []
+    ids, real, due = torch.arange(200)[None], kernels.experts, []
 
     def compute(*args: Any) -> None:
         real(*args)
@@ -39,7 +39,7 @@ def test_the_experts_in_memory_stay_there(monkeypatch: pytest.MonkeyPatch) -> No
             due.clear()
             press()
 
-    monkeypatch.setattr(kernels, "experts_swiglu", compute)
+    monkeypatch.setattr(kernels, "experts", compute)
     with fate.load(tiny_store(FAMILY)) as model:
 
         def misses_after_ctrl_c(within: AbstractContextManager[object]) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fate.core import Precision
-from fate.kernels import experts_swiglu, reference
+from fate.kernels import SWIGLU, experts, reference
 from fate.store.format import RecordLayout
 from packed_records import DEPTHS, expert_layout, random_record, relative_error
 
@@ -28,15 +28,13 @@ class Case:
 
     def run(self, precisions: list[Precision]) -> Tensor:
         rows = torch.full((len(self.x), self.top_k, self.layout.matrices[0].cols), float("nan"))
-        experts_swiglu(
-            self.x, self.pool, self.layout, self.slot_offsets, precisions, self.pair_offsets, self.pairs, rows
-        )
+        experts(self.x, self.pool, self.layout, self.slot_offsets, precisions, self.pair_offsets, self.pairs, rows)
         return rows
 
     def exact(self, precisions: list[Precision]) -> Tensor:
         rows = torch.full((len(self.x), self.top_k, self.layout.matrices[0].cols), float("nan"), dtype=torch.float64)
-        reference.experts_swiglu(
-            self.x, self.pool, self.layout, self.slot_offsets, precisions, self.pair_offsets, self.pairs, rows
+        reference.experts(
+            self.x, self.pool, self.layout, self.slot_offsets, precisions, self.pair_offsets, self.pairs, rows, SWIGLU
         )
         return rows
 
@@ -84,7 +82,7 @@ def test_the_same_bits_whatever_else_is_in_the_call(compiled_kernel: str, codec:
         for first in range(0, len(pairs), 3):
             few = pairs[first : first + 3]
             slot = [64 + case.slot_offsets[expert]]
-            experts_swiglu(case.x, far, case.layout, slot, [precision], [0, len(few)], few.contiguous(), alone)
+            experts(case.x, far, case.layout, slot, [precision], [0, len(few)], few.contiguous(), alone)
     assert torch.equal(alone, together)
 
 
@@ -99,7 +97,7 @@ def test_an_expert_with_more_pairs_than_one_pass_takes(compiled_kernel: str) -> 
             one = torch.empty(700, 2, 64)
             slot = [case.slot_offsets[expert]]
             pair = case.pairs[where : where + 1].contiguous()
-            experts_swiglu(case.x, case.pool, case.layout, slot, [Precision.FULL], [0, 1], pair, one)
+            experts(case.x, case.pool, case.layout, slot, [Precision.FULL], [0, 1], pair, one)
             assert torch.equal(one[token, rank], rows[token, rank])
     assert rows.isfinite().all()
 
@@ -119,7 +117,7 @@ def test_rows_of_other_pairs_are_left_alone(kernel: str) -> None:
     case = make_case("int4", tokens=4)
     rows = torch.full((4, 2, HIDDEN), 7.0)
     pairs = torch.tensor([[2, 1]], dtype=torch.int32)
-    experts_swiglu(case.x, case.pool, case.layout, [0], [Precision.FULL], [0, 1], pairs, rows)
+    experts(case.x, case.pool, case.layout, [0], [Precision.FULL], [0, 1], pairs, rows)
     touched = (rows != 7.0).any(-1)
     assert touched.nonzero().tolist() == [[2, 1]]
 
@@ -171,16 +169,16 @@ def test_wrong_calls_are_refused(compiled_kernel: str, change: dict[str, object]
         "pairs": torch.tensor([[0, 0]], dtype=torch.int32),
         "rows": torch.empty(4, 2, HIDDEN),
     }
-    experts_swiglu(**call)
+    experts(**call)
     with pytest.raises(ValueError, match=message):
-        experts_swiglu(**{**call, **change})
+        experts(**{**call, **change})
 
 
 def test_matrices_that_do_not_make_an_expert_are_refused(compiled_kernel: str) -> None:
     layout = RecordLayout("int4", expert_layout("int4", HIDDEN, INNER).matrices[::-1])
     pairs = torch.zeros(1, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match="SwiGLU"):
-        experts_swiglu(
+    with pytest.raises(ValueError, match="an expert needs matrices"):
+        experts(
             torch.randn(1, INNER),
             random_record(layout),
             layout,

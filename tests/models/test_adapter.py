@@ -38,7 +38,6 @@ def test_layers_come_in_order_with_router_and_shapes(family: str) -> None:
         assert model.get_submodule(layer.block_name) is layer.block
         assert layer.router is layer.block.gate
         assert layer.num_experts == 8
-        assert layer.is_swiglu
     width = getattr(config, "moe_intermediate_size", config.intermediate_size)
     assert layers[0].matrices == (
         MatrixSpec("gate_up_proj", 2 * width, config.hidden_size),
@@ -47,13 +46,12 @@ def test_layers_come_in_order_with_router_and_shapes(family: str) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_transposed_interleaved_biased_experts_are_canonical_but_not_swiglu() -> None:
+def test_transposed_interleaved_biased_experts_are_canonical() -> None:
     model = build_meta_model(AutoConfig.for_model("gpt_oss", **_SMALL, num_local_experts=4, num_experts_per_tok=2))
     layer = find_moe_layers(model)[1]
     assert layer.experts.gate_up_proj.shape == (4, 64, 192)
     assert layer.matrices == (MatrixSpec("gate_up_proj", 192, 64), MatrixSpec("down_proj", 64, 96))
     assert layer.router is layer.block.router
-    assert not layer.is_swiglu
 
 
 def test_ungated_experts() -> None:
@@ -63,13 +61,6 @@ def test_ungated_experts() -> None:
     (layer,) = find_moe_layers(build_meta_model(config))
     assert [matrix.name for matrix in layer.matrices] == ["up_proj", "down_proj"]
     assert layer.matrices[0].rows == layer.matrices[1].cols == 40
-    assert not layer.is_swiglu
-
-
-@pytest.mark.parametrize("act, expected", [("silu", True), ("swish", True), ("gelu", False)])
-def test_only_silu_gating_is_swiglu(act: str, expected: bool) -> None:
-    layers = find_moe_layers(build_meta_model(tiny_config("mixtral", hidden_act=act)))
-    assert [layer.is_swiglu for layer in layers] == [expected] * 2
 
 
 def test_a_model_whose_expert_weights_are_dropped() -> None:

@@ -20,19 +20,23 @@ def test_raw_fp32_matches_transformers(family, prompt):
     assert expected.std() > 0.1, "the model says something, so that agreement means something"
 
 
-# Experts that the fused kernel does not cover: another activation; biases, transposed and interleaved weights.
+# Other activations than SiLU; biases, transposed and interleaved weights, a limit that these small numbers reach.
 GPT_OSS = {"head_dim": 16, "num_local_experts": 8, "layer_types": ["sliding_attention", "full_attention"]}
-UNFUSED = [("qwen2_moe", {"hidden_act": "gelu"}), ("gpt_oss", GPT_OSS)]
+OTHERS = [
+    ("qwen2_moe", {"hidden_act": "gelu"}, True),
+    ("gpt_oss", {**GPT_OSS, "swiglu_limit": 0.2}, True),
+    ("qwen2_moe", {"hidden_act": "mish"}, False),
+]
 
 
-@pytest.mark.parametrize(("family", "overrides"), UNFUSED, ids=[family for family, _ in UNFUSED])
+@pytest.mark.parametrize(("family", "overrides", "fused"), OTHERS, ids=["gelu", "gpt_oss", "mish"])
 @pytest.mark.parametrize(("expert_bits", "dense_bits", "bound"), [(32, 16, 2e-5), (4, 8, 0.12)])
-def test_experts_outside_the_fused_kernel(family, overrides, expert_bits, dense_bits, bound, prompt):
+def test_experts_of_other_activations(family, overrides, fused, expert_bits, dense_bits, bound, prompt):
     reference = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(family, **overrides))
     expected = stepwise_logits(reference, prompt)
     with fate.load(tiny_store(family, expert_bits, dense_bits, **overrides), experts=1) as model:
         layers = [m.fate_layer for m in model.modules() if hasattr(m, "fate_layer")]
-        assert all(layer._compute == layer._generic for layer in layers)
+        assert all(layer._compute == (layer._fused if fused else layer._generic) for layer in layers)
         got = stepwise_logits(model, prompt)
         assert model.fate.stats().total.evictions > 0
     error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
-from transformers.integrations.moe import _default_apply_gate
 
 import fate
 from fate.convert import convert
-from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers, is_silu
+from fate.kernels import ExpertActivation
+from fate.models.activation import recognise
+from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.adapters import adapt
 from fate.models.adapters.stacked import StackedExperts
 from fate.models.auto import auto_class
@@ -35,7 +36,8 @@ class Outcome:
 
     raw_error: of fp32 records; packed_error: of INT4 records against transformers on the dequantized weights;
     int4_error: of INT4 records and 8-bit dense weights against the checkpoint. All relative, of logits. same_bits:
-    whether INT4 logits are the same with the fewest experts in memory and with all.
+    whether INT4 logits are the same with the fewest experts in memory and with all. activations: what the kernels
+    compute in its layers; "its own code": none of theirs.
     """
 
     family: str
@@ -49,6 +51,7 @@ class Outcome:
     same_bits: bool | None = None
     recall: float | None = None
     early: bool = False
+    activations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reason: str = ""
 
@@ -80,6 +83,7 @@ def measure(family: Family, outcome: Outcome, folder: Path) -> None:
     bare = build_meta_model(config)
     layers = find_moe_layers(bare)
     outcome.notes = _notes(layers)
+    outcome.activations = sorted({_activation(recognise(layer.experts)) for layer in layers})
     adapted = any(isinstance(layer.experts, StackedExperts) for layer in layers)
     if adapted:
         outcome.notes = ["adapter", *outcome.notes, *filter(None, [adapt(bare).note])]
@@ -139,12 +143,22 @@ def _notes(layers: list[MoELayer]) -> list[str]:
         "transposed weights": module.is_transposed,
         "gate and up interleaved": not module.is_concatenated,
         "norm after each expert": module.has_post_expert_norm,
-        "gating of its own": module.has_gate and type(module)._apply_gate is not _default_apply_gate,
-        "an activation other than SiLU": hasattr(module, "act_fn") and not is_silu(module.act_fn),
         "weights shared between encoder and decoder": any(layer.aliases for layer in layers),
         "no router that can be asked": any(layer.router is None for layer in layers),
     }
     return [note for note, holds in found.items() if holds]
+
+
+def _activation(form: ExpertActivation | None) -> str:
+    if form is None:
+        return "its own code"
+    names = {"silu": "SiLU", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "relu": "ReLU", "relu2": "ReLU²"}
+    if form.kind == "silu_softcap":
+        return "SwiGLU, softcapped"
+    name = "SwiGLU" if form.gated and form.kind == "silu" else names[form.kind]
+    bounded = min(form.gate_max, form.act_max, form.up_limit) < float("inf")
+    scaled = f", alpha {form.alpha:g}" if form.alpha != 1 else ""
+    return name + scaled + (", clamped" if bounded else "") + (", up + 1" if form.up_offset else "")
 
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:

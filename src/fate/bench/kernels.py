@@ -207,7 +207,7 @@ class _ExpertCall:
         self._rows = torch.empty(count, top_k, shape.hidden)
 
     def run(self) -> Tensor:
-        kernels.experts_swiglu(
+        kernels.experts(
             self._x,
             self._pool,
             self._layout,
@@ -231,8 +231,8 @@ def _expert_error(layout: RecordLayout, pool: Tensor, noise: Noise, precision: P
     pairs = torch.tensor([[token, 0] for token in range(_ERROR_TOKENS)], dtype=torch.int32)
     ours = torch.empty(_ERROR_TOKENS, 1, layout.matrices[1].rows)
     exact = ours.double()
-    for run, rows in ((kernels.experts_swiglu, ours), (reference.experts_swiglu, exact)):
-        run(x, pool, layout, [0], [precision], [0, _ERROR_TOKENS], pairs, rows)
+    for run, rows in ((kernels.experts, ours), (reference.experts, exact)):
+        run(x, pool, layout, [0], [precision], [0, _ERROR_TOKENS], pairs, rows, kernels.SWIGLU)
     return _relative_error(ours, exact)
 
 

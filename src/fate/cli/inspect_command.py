@@ -101,6 +101,8 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def _report(found: Any) -> dict[str, Any]:
+    from fate.models.activation import recognise
+
     codecs = ["int2", "int4", "bf16", "fp32"]
     return {
         "family": found.model_type,
@@ -118,7 +120,7 @@ def _report(found: Any) -> dict[str, Any]:
         "resident_budget_bytes": found.needs.smallest
         + (found.needs.max_slots - found.needs.min_slots) * found.needs.slot,
         "prediction": sum(layer.router is not None for layer in found.layers),
-        "fused_kernel": sum(layer.is_swiglu for layer in found.layers),
+        "fused_kernel": sum(recognise(layer.experts) is not None for layer in found.layers),
     }
 
 

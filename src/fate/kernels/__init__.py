@@ -6,7 +6,7 @@ never differs from itself: one (token, expert) gives the same bits whatever else
 run it and wherever the record lies. Raw codecs are torch's own products.
 
 >>> rows = torch.empty(tokens, top_k, hidden)
->>> experts_swiglu(x, pool, layout, [0], [Precision.FULL], [0, len(pairs)], pairs, rows)
+>>> experts(x, pool, layout, [0], [Precision.FULL], [0, len(pairs)], pairs, rows)
 >>> out = reduce_rows(rows, routing_weights, x.dtype)
 
 `reference` is the meaning, in torch; `cpu/` the C++ kernels; `native` knows which of them run. Callers pass CPU
@@ -22,15 +22,20 @@ from torch import Tensor
 
 from fate.core import Precision
 from fate.kernels import native, raw, reference, threads
+from fate.kernels.activation import SWIGLU, ExpertActivation
 from fate.kernels.native import DTYPE_CODES, KernelInfo, active
+from fate.kernels.reference import ExpertBiases
 from fate.store.format import RecordLayout
 
 __all__ = [
+    "SWIGLU",
+    "ExpertActivation",
+    "ExpertBiases",
     "KernelInfo",
     "active",
     "attend",
     "can_attend",
-    "experts_swiglu",
+    "experts",
     "gather_rows",
     "linear",
     "reduce_rows",
@@ -78,7 +83,7 @@ def linear(
     return out
 
 
-def experts_swiglu(
+def experts(
     x: Tensor,
     pool: Tensor,
     layout: RecordLayout,
@@ -87,13 +92,16 @@ def experts_swiglu(
     pair_offsets: Sequence[int],
     pairs: Tensor,
     rows: Tensor,
+    activation: ExpertActivation = SWIGLU,
+    biases: ExpertBiases | None = None,
 ) -> None:
-    """rows[token, rank] = down(silu(gate(x[token])) * up(x[token])) for the pairs of every expert listed.
+    """rows[token, rank] = down(activation(first(x[token]))) for the pairs of every expert listed.
 
     x: [M, H] float32, bfloat16 or float16. pool: uint8 [bytes of all slots]. layout: matrices gate_up_proj [2I, H]
-    (gate rows, then up rows) and down_proj [H, I]. slot_offsets: E byte offsets of records in pool, 64-byte aligned.
-    precisions: E. pair_offsets: E + 1; expert e owns pairs[pair_offsets[e]:pair_offsets[e + 1]].
+    (up_proj [I, H] where nothing gates) and down_proj [H, I]. slot_offsets: E byte offsets of records in pool, 64-byte
+    aligned. precisions: E. pair_offsets: E + 1; expert e owns pairs[pair_offsets[e]:pair_offsets[e + 1]].
     pairs: int32 [S, 2] = (token, rank), contiguous. rows: float32 [M, k, H], contiguous; only the pairs' rows are set.
+    biases: added to what the matrices give.
     """
     hidden = layout.matrices[0].cols
     if x.dim() != 2 or x.shape[1] != hidden:
@@ -105,15 +113,19 @@ def experts_swiglu(
     if pool.dtype != torch.uint8 or not pool.is_contiguous():
         raise ValueError(f"pool must be contiguous uint8, not {pool.dtype}")
     if layout.is_raw:
-        return raw.experts_swiglu(x, pool, layout, slot_offsets, pair_offsets, pairs, rows)
+        return raw.experts(x, pool, layout, slot_offsets, pair_offsets, pairs, rows, activation, biases)
     cpu = native.extension()
     if cpu is None:
-        return reference.experts_swiglu(x, pool, layout, slot_offsets, precisions, pair_offsets, pairs, rows)
+        return reference.experts(
+            x, pool, layout, slot_offsets, precisions, pair_offsets, pairs, rows, activation, biases
+        )
     if layout.codec == "int8" and Precision.INT2 in precisions:
         raise ValueError("an int8 record cannot be read at INT2: only at FULL")
     x = x.contiguous()
-    cpu.experts_swiglu(
+    cpu.experts(
         native.record(layout),
+        native.activation(activation),
+        None if biases is None else _bias_addresses(biases, layout),
         pool.data_ptr(),
         pool.numel(),
         slot_offsets,
@@ -223,6 +235,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         threads.count(),
     )
     return out
+
+
+def _bias_addresses(biases: ExpertBiases, layout: RecordLayout) -> tuple[int, int, int, int, Sequence[int]]:
+    first, down = biases.first, biases.down
+    for bias, spec in zip((first, down), layout.matrices):
+        if bias.dtype != first.dtype or bias.shape != (len(first), spec.rows) or not bias.is_contiguous():
+            raise ValueError(
+                f"biases of {spec.name} must be contiguous {first.dtype} [{len(first)}, {spec.rows}], "
+                f"not {bias.dtype} {tuple(bias.shape)}"
+            )
+    return first.data_ptr(), down.data_ptr(), _dtype_code(first.dtype), len(first), biases.numbers
 
 
 def _check_packed(packed: Tensor, layout: RecordLayout, precision: Precision) -> None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 
 from fate.errors import UnknownNameError
 from fate.kernels import threads
+from fate.kernels.activation import KINDS, ExpertActivation
 from fate.store.format import RecordLayout
 
 try:
@@ -112,6 +114,13 @@ def record(layout: RecordLayout) -> Any:
             _records.clear()
         entry = _records[id(layout)] = (layout, _make_record(layout))
     return entry[1]
+
+
+@functools.lru_cache(maxsize=256)
+def activation(form: ExpertActivation) -> Any:
+    """`form` as the extension's own object."""
+    limits = (form.alpha, form.gate_max, form.act_max, form.up_limit, form.up_offset)
+    return _cpu.ExpertActivation.make(KINDS.index(form.kind), form.gated, form.interleaved, *limits)
 
 
 def _make_record(layout: RecordLayout) -> Any:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fate.kernels.reference import RAW_DTYPES, raw_matrix
+from fate.kernels.activation import ExpertActivation
+from fate.kernels.reference import RAW_DTYPES, ExpertBiases, raw_matrix
 from fate.store.format import RecordLayout
 
 
@@ -21,7 +22,7 @@ def linear(x: Tensor, packed: Tensor, layout: RecordLayout, index: int, bias: Te
     return F.linear(x.to(wide), weights.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
 
 
-def experts_swiglu(
+def experts(
     x: Tensor,
     pool: Tensor,
     layout: RecordLayout,
@@ -29,8 +30,10 @@ def experts_swiglu(
     pair_offsets: Sequence[int],
     pairs: Tensor,
     rows: Tensor,
+    activation: ExpertActivation,
+    biases: ExpertBiases | None,
 ) -> None:
-    """As `fate.kernels.experts_swiglu`, one expert after the other, in x's dtype like the model's own experts."""
+    """As `fate.kernels.experts`, one expert after the other, in x's dtype like the model's own experts."""
     compute = torch.promote_types(x.dtype, RAW_DTYPES[layout.codec])
     for e, offset in enumerate(slot_offsets):
         start, end = pair_offsets[e], pair_offsets[e + 1]
@@ -38,5 +41,6 @@ def experts_swiglu(
             continue
         token, rank = pairs[start:end].long().unbind(1)
         record = pool[offset : offset + layout.record_bytes]
-        gate, up = linear(x[token].to(compute), record, layout, 0, None).chunk(2, dim=-1)
-        rows[token, rank] = linear(F.silu(gate) * up, record, layout, 1, None).float()
+        first, down = (None, None) if biases is None else biases.of(e, compute)
+        hidden = activation(linear(x[token].to(compute), record, layout, 0, first))
+        rows[token, rank] = linear(hidden, record, layout, 1, down).float()

@@ -7,12 +7,14 @@ where the compiled extension is missing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fate.core import Precision
+from fate.kernels.activation import ExpertActivation
 from fate.quant.packing import unpack_plane
 from fate.store.format import GROUP, RecordLayout, padded_cols
 
@@ -81,7 +83,21 @@ def linear(
     return out if dtype is torch.float64 else out.to(x.dtype)
 
 
-def experts_swiglu(
+@dataclass(frozen=True)
+class ExpertBiases:
+    """first [experts, rows of the first matrix], in the order of its rows, and down [experts, H], of one dtype.
+    numbers: which of these experts each expert of a call is."""
+
+    first: Tensor
+    down: Tensor
+    numbers: Sequence[int]
+
+    def of(self, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both biases of the call's expert e."""
+        return self.first[self.numbers[e]].to(dtype), self.down[self.numbers[e]].to(dtype)
+
+
+def experts(
     x: Tensor,
     pool: Tensor,
     layout: RecordLayout,
@@ -90,14 +106,17 @@ def experts_swiglu(
     pair_offsets: Sequence[int],
     pairs: Tensor,
     rows: Tensor,
+    activation: ExpertActivation,
+    biases: ExpertBiases | None = None,
 ) -> None:
-    """rows[token, rank] = down(silu(gate(x)) * up(x)) for each expert's (token, rank) pairs, in the dtype of `rows`."""
+    """rows[token, rank] = down(activation(first(x))) for each expert's (token, rank) pairs, in the dtype of `rows`."""
     for e, (offset, precision) in enumerate(zip(slot_offsets, precisions)):
         token, rank = pairs[pair_offsets[e] : pair_offsets[e + 1]].long().unbind(1)
         record = pool[offset : offset + layout.record_bytes]
-        gate_up, down = (dequantize(record, layout, index, precision, rows.dtype) for index in (0, 1))
-        gate, up = F.linear(x[token].to(rows.dtype), gate_up).chunk(2, dim=-1)
-        rows[token, rank] = F.linear(F.silu(gate) * up, down)
+        first, down = (dequantize(record, layout, index, precision, rows.dtype) for index in (0, 1))
+        first_bias, down_bias = (None, None) if biases is None else biases.of(e, rows.dtype)
+        hidden = activation(F.linear(x[token].to(rows.dtype), first, first_bias))
+        rows[token, rank] = F.linear(hidden, down, down_bias)
 
 
 def reduce_rows(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import _default_apply_gate
 
 from fate.errors import NotMoEError, UnsupportedModelError
 from fate.models.adapters import Adaptation, adapt, adaptation
@@ -36,8 +35,7 @@ class MoELayer:
     """One MoE layer. `block` holds both `experts` and, as a direct child, `router` (None where there is none).
 
     matrices: `[rows = output, cols = reduction]` whatever the module's `is_transposed`; empty when the module's
-    weights have been dropped. is_swiglu: gate and up are concatenated, SiLU gated, without bias or post norm.
-    aliases: other experts modules tied to this one's weights (a decoder's to its encoder's).
+    weights have been dropped. aliases: other experts modules tied to this one's weights (a decoder's to its encoder's).
     """
 
     index: int
@@ -48,7 +46,6 @@ class MoELayer:
     router: nn.Module | None
     num_experts: int
     matrices: tuple[MatrixSpec, ...]
-    is_swiglu: bool
     aliases: tuple[nn.Module, ...] = ()
 
 
@@ -78,7 +75,6 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
                 router=None if hasattr(module, "asks_one_by_one") else _find_router(block, module, recorded),
                 num_experts=_num_experts(name, module),
                 matrices=matrices,
-                is_swiglu=_is_swiglu(module),
                 aliases=tuple(aliases.get(name, ())),
             )
         )
@@ -151,17 +147,6 @@ def _num_experts(name: str, module: nn.Module) -> int:
     if isinstance(count := getattr(module, "num_experts", None), int):
         return count
     raise UnsupportedModelError(f"{name} does not say how many experts it has (no num_experts attribute)")
-
-
-def _is_swiglu(module: nn.Module) -> bool:
-    return bool(
-        module.has_gate
-        and module.is_concatenated
-        and not module.has_bias
-        and not module.has_post_expert_norm
-        and is_silu(getattr(module, "act_fn", None))
-        and getattr(type(module), "_apply_gate", None) is _default_apply_gate
-    )
 
 
 def is_silu(activation: object) -> bool:

@@ -7,6 +7,7 @@ experts as they land, and sum their rows in rank order, so that arrival never ch
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fate import kernels
 from fate.core import Precision, Routing
+from fate.models.activation import recognise
 from fate.models.adapter import MoELayer
 from fate.models.routers import RouterGate
 from fate.predict import Predictor
@@ -30,10 +32,12 @@ class LayerRuntime:
 
     def __init__(self, layer: MoELayer, gate: RouterGate | None) -> None:
         self.index = layer.index
-        self._experts = layer.experts
+        self._experts: Any = layer.experts
+        self._first = "gate_up_proj" if self._experts.has_gate else "up_proj"
         self._num_experts = layer.num_experts
         self._gate = gate
-        self._fits_fused = layer.is_swiglu
+        self._activation = recognise(layer.experts)
+        self._compute = self._generic if self._activation is None else self._fused
         self._gate_input: torch.Tensor | None = None
         self._early: Lease | None = None
 
@@ -44,7 +48,6 @@ class LayerRuntime:
         self._predictor = predictor
         self._switch = switch
         self._layout = manager.header.layout(self.index)
-        self._compute = self._fused if self._fits_fused else self._generic
         self._gate_input = self._early = None
 
     def on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -112,27 +115,52 @@ class LayerRuntime:
             self.manager.timeline.add(start, end, kind, self.index)
 
     def _fused(self, group: list[Slot], work: _Work) -> None:
-        """SwiGLU experts without biases: gate, up, activation and down in the kernel."""
+        """Both matrices, their biases and the activation between them in the kernel."""
+        assert self._activation is not None
         offsets = [self._pool.offset(entry.slot) for entry in group]
         precisions = [_held(entry) for entry in group]
-        bounds, pairs = work.pairs([entry.key.expert for entry in group])
-        kernels.experts_swiglu(work.x, self._pool.tensor, self._layout, offsets, precisions, bounds, pairs, work.rows)
+        numbers = [entry.key.expert for entry in group]
+        bounds, pairs = work.pairs(numbers)
+        kernels.experts(
+            work.x,
+            self._pool.tensor,
+            self._layout,
+            offsets,
+            precisions,
+            bounds,
+            pairs,
+            work.rows,
+            self._activation,
+            self._biases(numbers),
+        )
+        if self._experts.has_post_expert_norm:
+            for first, end in pairwise(bounds):  # one by one: the same bits whatever has arrived together
+                self._normalize(work, *pairs[first:end].long().unbind(1))
+
+    def _biases(self, numbers: list[int]) -> kernels.ExpertBiases | None:
+        module = self._experts
+        if not module.has_bias:
+            return None
+        return kernels.ExpertBiases(getattr(module, f"{self._first}_bias"), module.down_proj_bias, numbers)
+
+    def _normalize(self, work: _Work, tokens: torch.Tensor, ranks: torch.Tensor) -> None:
+        out = work.rows[tokens, ranks].to(work.x.dtype)
+        work.rows[tokens, ranks] = self._experts.post_expert_norm(out).float()
 
     def _generic(self, group: list[Slot], work: _Work) -> None:
-        """Any other expert: packed linears around the module's own activation, biases and norm."""
-        module: Any = self._experts
-        first = "gate_up_proj" if module.has_gate else "up_proj"
+        """An activation that no kernel knows: packed linears around the module's own."""
+        module = self._experts
         for entry in group:
             expert = entry.key.expert
             _bounds, pairs = work.pairs([expert])
             tokens, ranks = pairs[:, 0].long(), pairs[:, 1].long()
             record = self._pool.tensor[self._pool.offset(entry.slot) :][: self._layout.record_bytes]
-            hidden = self._linear(work.x[tokens], record, 0, _held(entry), first, expert)
+            hidden = self._linear(work.x[tokens], record, 0, _held(entry), self._first, expert)
             hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
             out = self._linear(hidden.contiguous(), record, 1, _held(entry), "down_proj", expert)
-            if module.has_post_expert_norm:
-                out = module.post_expert_norm(out)
             work.rows[tokens, ranks] = out.float()
+            if module.has_post_expert_norm:
+                self._normalize(work, tokens, ranks)
 
     def _linear(
         self, x: torch.Tensor, record: torch.Tensor, index: int, precision: Precision, name: str, expert: int

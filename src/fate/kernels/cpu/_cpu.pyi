@@ -5,6 +5,19 @@ class Record:
     @staticmethod
     def make(int8: bool, bytes: int, places: Sequence[tuple[int, int, int, int, int]]) -> Record: ...
 
+class ExpertActivation:
+    @staticmethod
+    def make(
+        kind: int,
+        gated: bool,
+        interleaved: bool,
+        alpha: float,
+        gate_max: float,
+        act_max: float,
+        up_limit: float,
+        up_offset: float,
+    ) -> ExpertActivation: ...
+
 def linear(
     record: Record,
     index: int,
@@ -17,8 +30,10 @@ def linear(
     out: int,
     threads: int,
 ) -> None: ...
-def experts_swiglu(
+def experts(
     record: Record,
+    activation: ExpertActivation,
+    biases: tuple[int, int, int, int, Sequence[int]] | None,  # both addresses, dtype, experts, which of them
     pool: int,
     pool_bytes: int,
     slot_offsets: Sequence[int],

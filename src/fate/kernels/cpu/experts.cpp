@@ -1,11 +1,12 @@
-// The SwiGLU experts of one layer: a list of experts in one call.
+// The experts of one layer: a list of them in one call.
 //
 // Experts are taken in passes of at most kMaxPairs pairs, which bounds the scratch; an expert with more pairs is cut.
 // A pass has up to five steps, each shared over all threads:
-//   interleave tokens (experts with many) | gate and up -> inter = silu(gate) * up | quantize inter | down -> rows
+//   interleave tokens (experts with many) | first matrix, bias, activation -> inter | quantize inter | down -> rows
 //
 // `inter` is quantized twice, values and what rounding left of them, and `down` sums the products of both: a product of
 // two factors has far larger extremes than they have, and in int8 alone it costs more accuracy than all the rest.
+#include <cstring>
 #include <vector>
 
 #include "linear.h"
@@ -21,7 +22,8 @@ constexpr int kInterRows = 2;  // of one pair
 
 // A run of pairs of one expert within a pass. `first` and `first_block` count from the start of the pass.
 struct Segment {
-    Matrix gate_up, down;
+    Matrix up, down;
+    const void *up_bias, *down_bias;  // null: none
     int first, pairs;
     int first_block, blocks;  // of x; blocks: 0 in row form
     int first_inter_block, inter_blocks;
@@ -46,9 +48,19 @@ std::vector<Item> make_items(const std::vector<Segment>& segments, int rows, int
     return items;
 }
 
-FATE_CLONES
-void swiglu(const float* gate, const float* up, int count, float* out) {
-    for (int i = 0; i < count; ++i) out[i] = silu(gate[i]) * up[i];
+// Adds bias[row .. row + count) to every token's `count` values in the tile.
+void add_bias(const void* bias, DType dtype, int row, int count, int tokens, float* tile) {
+    if (bias == nullptr) return;
+    float values[kTileRows];
+    load_floats(static_cast<const char*>(bias) + static_cast<int64_t>(row) * item_bytes(dtype), dtype, count, values);
+    for (int t = 0; t < tokens; ++t) {
+        for (int r = 0; r < count; ++r) tile[t * kTileRows + r] += values[r];
+    }
+}
+
+// Two runs of `count` rows that alternate between gate and up -> gate and up.
+void part(const float* first, const float* second, int count, float* gate, float* up) {
+    for (int r = 0; r < 2 * count; ++r) (r % 2 == 0 ? gate : up)[r / 2] = r < count ? first[r] : second[r - count];
 }
 
 // Consecutive segments of one pass, and the pair they start at.
@@ -69,7 +81,7 @@ class Pass {
           bytes_per_thread_(bytes_per_thread),
           hidden_(plan.segments[0].down.rows),
           inner_(plan.segments[0].down.cols) {
-        const int hidden_groups = plan.segments[0].gate_up.groups, inner_groups = plan.segments[0].down.groups;
+        const int hidden_groups = plan.segments[0].up.groups, inner_groups = plan.segments[0].down.groups;
         x_rows_ = scratch.take<TokenRow>(plan.pairs);
         inter_rows_ = scratch.take<TokenRow>(kInterRows * plan.pairs);
         x_blocks_ = take_blocks(scratch, plan.blocks, hidden_groups);
@@ -92,7 +104,7 @@ class Pass {
             return reinterpret_cast<float*>(threads_memory_ + thread * bytes_per_thread_);
         };
         if (plan_.blocks > 0) interleave_all(x_rows_, x_blocks_, false, threads);
-        parallel_for(up_items.size(), threads, [&](int64_t i, int thread) { gate_up(up_items[i], tile(thread)); });
+        parallel_for(up_items.size(), threads, [&](int64_t i, int thread) { up(up_items[i], tile(thread)); });
         parallel_for(plan_.pairs, plan_.pairs > kFewPairs ? threads : 1, [&](int64_t p, int) {
             quantize_row_twice(inter_ + p * inner_, inner_, inter_quantized_, p);
         });
@@ -119,18 +131,34 @@ class Pass {
         return {count, rows, own, blocked};
     }
 
-    void gate_up(const Item& item, float* tile) const {
-        const Segment& segment = plan_.segments[item.segment];
+    // Rows of the first matrix times the item's tokens, with their bias -> tile.
+    void first_rows(const Segment& segment, const Item& item, int row, float* tile, void* scratch) const {
         const Tokens tokens =
             tokens_of(segment.pairs, x_rows_ + segment.first, x_blocks_, segment.first_block, segment.blocks > 0);
-        const TileKernels& kernels = tile_kernels();
-        float* up = tile + kTileFloats;
-        void* scratch = up + kTileFloats;
-        multiply(kernels, segment.gate_up, item.row, item.count, tokens, item.first, item.n, tile, scratch);
-        multiply(kernels, segment.gate_up, inner_ + item.row, item.count, tokens, item.first, item.n, up, scratch);
+        multiply(tile_kernels(), segment.up, row, item.count, tokens, item.first, item.n, tile, scratch);
+        add_bias(segment.up_bias, call_.bias_dtype, row, item.count, item.n, tile);
+    }
+
+    void up(const Item& item, float* tile) const {
+        const Segment& segment = plan_.segments[item.segment];
+        const ExpertActivation& activation = call_.activation;
+        const bool interleaved = activation.gated && activation.interleaved;
+        float* second = activation.gated ? tile + kTileFloats : nullptr;
+        void* scratch = tile + 2 * kTileFloats;
+        first_rows(segment, item, interleaved ? 2 * item.row : item.row, tile, scratch);
+        if (interleaved) first_rows(segment, item, 2 * item.row + item.count, second, scratch);
+        else if (second != nullptr) first_rows(segment, item, inner_ + item.row, second, scratch);
         for (int t = 0; t < item.n; ++t) {
+            const float* gate = tile + t * kTileRows;
+            const float* ups = second == nullptr ? nullptr : second + t * kTileRows;
+            float parted[2 * kTileRows];
+            if (interleaved) {
+                part(gate, ups, item.count, parted, parted + kTileRows);
+                gate = parted;
+                ups = parted + kTileRows;
+            }
             const int64_t pair = segment.first + item.first + t;
-            swiglu(tile + t * kTileRows, up + t * kTileRows, item.count, inter_ + pair * inner_ + item.row);
+            activate(activation, gate, ups, item.count, inter_ + pair * inner_ + item.row);
         }
     }
 
@@ -143,8 +171,11 @@ class Pass {
         for (int t = 0; t < item.n; ++t) {
             const int32_t* pair = pairs_ + 2 * (segment.first + item.first + t);
             float* row = call_.rows + (pair[0] * call_.top_k + pair[1]) * hidden_;
-            const float *values = tile + kInterRows * t * kTileRows, *rest = values + kTileRows;
-            for (int r = 0; r < item.count; ++r) row[item.row + r] = values[r] + rest[r];
+            float* values = tile + kInterRows * t * kTileRows;
+            const float* rest = values + kTileRows;
+            for (int r = 0; r < item.count; ++r) values[r] += rest[r];
+            add_bias(segment.down_bias, call_.bias_dtype, item.row, item.count, 1, values);
+            std::memcpy(row + item.row, values, item.count * sizeof(float));
         }
     }
 
@@ -160,13 +191,18 @@ class Pass {
     float* inter_;
 };
 
+// Row `number` of biases [experts, rows].
+const void* bias_of(const void* biases, DType dtype, int64_t rows, int64_t number) {
+    return biases == nullptr ? nullptr : static_cast<const char*>(biases) + number * rows * item_bytes(dtype);
+}
+
 // Cuts experts at kMaxPairs pairs and packs the pieces, in order, into passes.
 std::vector<PassPlan> make_passes(const ExpertsCall& call, const ExpertWork* experts, int count) {
     const int block_min = tile_kernels().block_min_tokens;
     std::vector<PassPlan> passes;
     for (int e = 0; e < count; ++e) {
         const ExpertWork& expert = experts[e];
-        const Matrix gate_up = call.record->matrix(expert.record, 0, expert.prefix_only);
+        const Matrix up = call.record->matrix(expert.record, 0, expert.prefix_only);
         const Matrix down = call.record->matrix(expert.record, 1, expert.prefix_only);
         for (int64_t at = 0; at < expert.pairs; at += kMaxPairs) {
             const int pairs = static_cast<int>(std::min<int64_t>(kMaxPairs, expert.pairs - at));
@@ -177,8 +213,9 @@ std::vector<PassPlan> make_passes(const ExpertsCall& call, const ExpertWork* exp
                 passes.back().first_pair = expert.first_pair + at;
             }
             PassPlan& pass = passes.back();
-            pass.segments.push_back(
-                {gate_up, down, pass.pairs, pairs, pass.blocks, blocks, pass.inter_blocks, inter_blocks});
+            pass.segments.push_back({up, down, bias_of(call.up_bias, call.bias_dtype, up.rows, expert.number),
+                                     bias_of(call.down_bias, call.bias_dtype, down.rows, expert.number), pass.pairs,
+                                     pairs, pass.blocks, blocks, pass.inter_blocks, inter_blocks});
             pass.pairs += pairs;
             pass.blocks += blocks;
             pass.inter_blocks += inter_blocks;
@@ -195,25 +232,25 @@ void quantize_token(const ExpertsCall& call, int cols, int64_t token, float* flo
 
 }  // namespace
 
-void experts_swiglu(const ExpertsCall& call, const ExpertWork* experts, int count) {
-    const std::vector<PassPlan> passes = make_passes(call, experts, count);
+void experts(const ExpertsCall& call, const ExpertWork* work, int count) {
+    const std::vector<PassPlan> passes = make_passes(call, work, count);
     if (passes.empty()) return;
-    const Matrix gate_up = passes[0].segments[0].gate_up, down = passes[0].segments[0].down;
+    const Matrix up = passes[0].segments[0].up, down = passes[0].segments[0].down;
     const int64_t per_thread = Scratch::rounded(
-        (2 * kTileFloats + round_up(gate_up.cols, kLanes)) * sizeof(float) +
-        std::max(tile_kernels().scratch_bytes(gate_up.groups), tile_kernels().scratch_bytes(down.groups)));
+        (2 * kTileFloats + round_up(up.cols, kLanes)) * sizeof(float) +
+        std::max(tile_kernels().scratch_bytes(up.groups), tile_kernels().scratch_bytes(down.groups)));
     int64_t pass_bytes = 0, pairs = 0;
     for (const PassPlan& pass : passes) {
         pairs += pass.pairs;
-        pass_bytes = std::max(pass_bytes, Pass::scratch_bytes(pass, gate_up.groups, down.groups, down.cols));
+        pass_bytes = std::max(pass_bytes, Pass::scratch_bytes(pass, up.groups, down.groups, down.cols));
     }
-    const int64_t work = pairs * down.rows * down.cols;
-    const int threads = work < kMinParallelWork ? 1 : call.threads;
-    Scratch& scratch = Scratch::reserve(rows_bytes(call.tokens, gate_up.groups) + threads * per_thread + pass_bytes);
-    const TokenRows x = take_rows(scratch, call.tokens, gate_up.groups);
+    const int64_t products = pairs * down.rows * down.cols;
+    const int threads = products < kMinParallelWork ? 1 : call.threads;
+    Scratch& scratch = Scratch::reserve(rows_bytes(call.tokens, up.groups) + threads * per_thread + pass_bytes);
+    const TokenRows x = take_rows(scratch, call.tokens, up.groups);
     char* threads_memory = scratch.take<char>(threads * per_thread);
     parallel_for(call.tokens, call.tokens > 2 ? threads : 1, [&](int64_t token, int thread) {
-        quantize_token(call, gate_up.cols, token, reinterpret_cast<float*>(threads_memory + thread * per_thread), x);
+        quantize_token(call, up.cols, token, reinterpret_cast<float*>(threads_memory + thread * per_thread), x);
     });
     const int64_t mark = scratch.used();
     for (const PassPlan& plan : passes) {

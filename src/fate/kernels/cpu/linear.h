@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "expert_activation.h"
 #include "layout.h"
 #include "numeric.h"
 
@@ -16,10 +17,11 @@ struct ExpertWork {
     const uint8_t* record;
     bool prefix_only;
     int64_t first_pair, pairs;
+    int64_t number = 0;  // its row of the biases
 };
 
 struct ExpertsCall {
-    const Record* record;  // matrices: gate_up [2I, H] (gate rows, then up rows), down [H, I]
+    const Record* record;  // matrices: gate_up [2I, H] (up [I, H] where nothing gates), down [H, I]
     const void* x;         // [tokens, H]
     DType dtype;
     int64_t tokens;
@@ -27,9 +29,13 @@ struct ExpertsCall {
     float* rows;           // [tokens, top_k, H]
     int64_t top_k;
     int threads;
+    ExpertActivation activation = {};
+    const void* up_bias = nullptr;    // [experts, rows of the first matrix] of bias_dtype, in the order of its rows
+    const void* down_bias = nullptr;  // [experts, H]; both or none
+    DType bias_dtype = DType::kFloat32;
 };
 
-// rows[token, rank] = down(silu(gate(x)) * up(x)) for every pair of every expert.
-void experts_swiglu(const ExpertsCall& call, const ExpertWork* experts, int count);
+// rows[token, rank] = down(activation(gate_up(x))) for every pair of every expert.
+void experts(const ExpertsCall& call, const ExpertWork* work, int count);
 
 }  // namespace fate

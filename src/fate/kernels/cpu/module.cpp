@@ -1,11 +1,13 @@
 // Python bindings. Tensors arrive as addresses (data_ptr): fate/kernels/__init__.py has checked shapes, dtypes and
 // contiguity, and this file checks what could lead outside of them: a record's layout, ids, tokens and ranks.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -69,14 +71,24 @@ void bind_linear(const Record& record, int index, bool prefix_only, uint64_t pac
            pointer<void>(out), threads);
 }
 
-void bind_experts_swiglu(const Record& record, uint64_t pool, int64_t pool_bytes,
-                         const std::vector<int64_t>& slot_offsets, const std::vector<int>& precisions,
-                         const std::vector<int64_t>& pair_offsets, uint64_t pairs, int64_t num_pairs, uint64_t x,
-                         int dtype, int64_t tokens, uint64_t rows, int64_t top_k, int threads) {
+ExpertActivation make_activation(int kind, bool gated, bool interleaved, float alpha, float gate_max, float act_max,
+                                 float up_limit, float up_offset) {
+    require(kind >= 0 && kind <= static_cast<int>(ActivationKind::kSiluSoftcap), "no activation has this number");
+    return {static_cast<ActivationKind>(kind), gated, interleaved, alpha, gate_max, act_max, up_limit, up_offset};
+}
+
+// Biases of both matrices [experts, rows], their dtype, how many experts, and which of these each of a call's is.
+using Biases = std::tuple<uint64_t, uint64_t, int, int64_t, std::vector<int64_t>>;
+
+void bind_experts(const Record& record, const ExpertActivation& activation, const std::optional<Biases>& biases,
+                  uint64_t pool, int64_t pool_bytes, const std::vector<int64_t>& slot_offsets,
+                  const std::vector<int>& precisions, const std::vector<int64_t>& pair_offsets, uint64_t pairs,
+                  int64_t num_pairs, uint64_t x, int dtype, int64_t tokens, uint64_t rows, int64_t top_k,
+                  int threads) {
     const size_t count = slot_offsets.size();
-    require(record.count == 2 && record.places[0].rows == 2 * record.places[1].cols &&
+    require(record.count == 2 && record.places[0].rows == (activation.gated ? 2 : 1) * record.places[1].cols &&
                 record.places[0].cols == record.places[1].rows,
-            "a SwiGLU expert needs matrices [2I, H] and [H, I]");
+            "an expert needs matrices [2I, H], or [I, H] where nothing gates, and [H, I]");
     require(precisions.size() == count && pair_offsets.size() == count + 1,
             "slot_offsets, precisions and pair_offsets must have E, E and E + 1 entries");
     require(pair_offsets.front() >= 0 && pair_offsets.back() <= num_pairs, "pair_offsets reach outside of pairs");
@@ -85,19 +97,27 @@ void bind_experts_swiglu(const Record& record, uint64_t pool, int64_t pool_bytes
         require(pair[2 * p] >= 0 && pair[2 * p] < tokens && pair[2 * p + 1] >= 0 && pair[2 * p + 1] < top_k,
                 "a (token, rank) pair lies outside of rows");
     }
-    std::vector<ExpertWork> experts(count);
+    ExpertsCall call{&record, pointer<const void>(x), static_cast<DType>(dtype), tokens, pair, pointer<float>(rows),
+                     top_k, threads, activation};
+    if (biases) {
+        const auto& [up, down, bias_dtype, experts, numbers] = *biases;
+        require(numbers.size() == count, "biases need the number of every expert");
+        for (const int64_t number : numbers) require(within(number, 1, experts), "an expert has no biases");
+        call.up_bias = pointer<const void>(up);
+        call.down_bias = pointer<const void>(down);
+        call.bias_dtype = static_cast<DType>(bias_dtype);
+    }
+    std::vector<ExpertWork> work(count);
     for (size_t e = 0; e < count; ++e) {
         const bool prefix_only = precisions[e] == 2;
         require(pair_offsets[e] <= pair_offsets[e + 1], "pair_offsets must not decrease");
         require(within(slot_offsets[e], record.bytes, pool_bytes) && slot_offsets[e] % 64 == 0,
                 "a slot lies outside of the pool or is not 64-byte aligned");
-        experts[e] = {pointer<const uint8_t>(pool) + slot_offsets[e], prefix_only, pair_offsets[e],
-                      pair_offsets[e + 1] - pair_offsets[e]};
+        work[e] = {pointer<const uint8_t>(pool) + slot_offsets[e], prefix_only, pair_offsets[e],
+                   pair_offsets[e + 1] - pair_offsets[e], biases ? std::get<4>(*biases)[e] : 0};
     }
     nb::gil_scoped_release release;
-    const ExpertsCall call{
-        &record, pointer<const void>(x), static_cast<DType>(dtype), tokens, pair, pointer<float>(rows), top_k, threads};
-    experts_swiglu(call, experts.data(), static_cast<int>(count));
+    experts(call, work.data(), static_cast<int>(count));
 }
 
 void bind_reduce_rows(uint64_t rows, uint64_t weights, int weights_dtype, int64_t tokens, int64_t top_k, int64_t hidden,
@@ -178,8 +198,9 @@ std::vector<std::pair<int, float>> bind_rank_experts(uint64_t weights, uint64_t 
 
 NB_MODULE(_cpu, m) {
     nb::class_<Record>(m, "Record").def_static("make", &make_record);
+    nb::class_<ExpertActivation>(m, "ExpertActivation").def_static("make", &make_activation);
     m.def("linear", &bind_linear);
-    m.def("experts_swiglu", &bind_experts_swiglu);
+    m.def("experts", &bind_experts);
     m.def("reduce_rows", &bind_reduce_rows);
     m.def("gather_rows", &bind_gather_rows);
     m.def("attend", &bind_attend);

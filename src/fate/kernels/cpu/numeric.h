@@ -5,8 +5,10 @@
 #include <bit>
 #include <cstdint>
 
-// Loops marked FATE_CLONES are compiled per instruction set and resolved when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12
+// Loops marked FATE_CLONES are compiled per instruction set and resolved when the library is loaded, which is before
+// ThreadSanitizer can run anything.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_THREAD__)
 #define FATE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FATE_CLONES
@@ -68,9 +70,8 @@ static inline float fused_multiply_add(float x, float y, float z) {
 #endif
 }
 
-// x / (1 + exp(-x)). exp by a degree-6 polynomial on [-0.5, 0.5] octaves: relative error below 2e-7.
-static inline float silu(float x) {
-    float octaves = x * -1.44269504f;
+// 2^octaves, for octaves held within [-126, 126], by a degree-6 polynomial on [-0.5, 0.5]: relative error below 2e-7.
+__attribute__((always_inline)) static inline float exp2_clamped(float octaves) {
     octaves = octaves > 126.0f ? 126.0f : octaves;
     octaves = octaves < -126.0f ? -126.0f : octaves;
     const float whole = round_even(octaves);
@@ -83,8 +84,14 @@ static inline float silu(float x) {
     power = power * f + 6.93147181e-1f;
     power = power * f + 1.0f;
     const uint32_t exponent = std::bit_cast<uint32_t>(whole + 0x1.8p23f) << 23;
-    const float exp = std::bit_cast<float>(std::bit_cast<uint32_t>(power) + exponent);
-    return x / (1.0f + exp);
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(power) + exponent);
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+// x * sigmoid(alpha * x), `rate` being -alpha / ln 2.
+__attribute__((always_inline)) static inline float silu(float x, float rate = -kLog2E) {
+    return x / (1.0f + exp2_clamped(x * rate));
 }
 
 }  // namespace fate

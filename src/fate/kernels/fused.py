@@ -7,7 +7,7 @@ tensors are contiguous, on the CPU and of one dtype, float32, bfloat16 or float1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,32 +19,38 @@ from fate.store.format import RecordLayout
 _NO_NORM = (0, 0, 0.0, False)
 
 
-@dataclass(frozen=True)
-class PackedMatrix:
-    """A packed dense matrix (uint8, see `store/format.py`) and its bias [rows] or None, as they are now."""
+class Holder(Protocol):
+    """A packed dense module: see `models/packed.py`."""
 
     packed: Tensor
     layout: RecordLayout
-    bias: Tensor | None
+    bias: Any
 
-    @property
-    def rows(self) -> int:
-        return self.layout.matrices[0].rows
+
+class PackedMatrix:
+    """The packed matrix, and the bias [rows] if there is one, that `holder` has whenever it is asked."""
+
+    __slots__ = ("_bytes", "_record", "cols", "holder", "rows")
+
+    def __init__(self, holder: Holder) -> None:
+        self.holder = holder
+        self.rows, self.cols = holder.layout.matrices[0].rows, holder.layout.matrices[0].cols
+        self._bytes = holder.layout.record_bytes
+        self._record: object = native.record(holder.layout)
 
     def address(self, dtype: torch.dtype) -> tuple[object, int, int]:
         """What the extension reads; ValueError where memory does not hold what the layout says."""
-        packed, bias = self.packed, self.bias
-        if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() < self.layout.record_bytes:
-            raise ValueError(f"packed must be contiguous uint8 of at least {self.layout.record_bytes} bytes")
+        packed, bias = self.holder.packed, self.holder.bias
+        if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() < self._bytes:
+            raise ValueError(f"packed must be contiguous uint8 of at least {self._bytes} bytes")
         if bias is None:
-            return native.record(self.layout), packed.data_ptr(), 0
-        if bias.dtype != dtype or bias.shape != (self.rows,) or not bias.is_contiguous():
+            return self._record, packed.data_ptr(), 0
+        if bias.dtype != dtype or bias.numel() != self.rows or not bias.is_contiguous():
             raise ValueError(f"bias must be contiguous {dtype} [{self.rows}], not {bias.dtype} {tuple(bias.shape)}")
-        return native.record(self.layout), packed.data_ptr(), bias.data_ptr()
+        return self._record, packed.data_ptr(), bias.data_ptr()
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """RMSNorm: weight [cols], of the activations' dtype. rounds_first: the normalised value is rounded to that dtype
     before it is multiplied by the weight."""
 
@@ -53,10 +59,10 @@ class Norm:
     rounds_first: bool
 
     def address(self, dtype: torch.dtype) -> tuple[int, int, float, bool]:
-        weight = self.weight
-        if weight.dtype != dtype or weight.dim() != 1 or not weight.is_contiguous():
+        weight, eps, rounds_first = self
+        if weight.dtype != dtype or not weight.is_contiguous():
             raise ValueError(f"a norm's weight must be contiguous {dtype} [cols], not {weight.dtype}")
-        return weight.data_ptr(), weight.shape[0], self.eps, self.rounds_first
+        return weight.data_ptr(), weight.numel(), eps, rounds_first
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -70,11 +76,34 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     return out
 
 
+def route(
+    x: Tensor, weight: Tensor, top_k: int, normalize: bool, score_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A softmax router's answer for one token, x [1, hidden]: logits [1, experts] of x's dtype, the top_k
+    probabilities [1, top_k] of score_dtype, largest first (divided by their sum if `normalize`), and whose they are,
+    int64. weight: [experts, hidden] of x's dtype, contiguous."""
+    experts, hidden = weight.shape
+    if x.numel() != hidden or weight.dtype != x.dtype or not weight.is_contiguous():
+        raise ValueError(f"x has shape {tuple(x.shape)}: this router takes one token of {hidden} {weight.dtype}")
+    logits = torch.empty(1, experts, dtype=x.dtype)
+    scores = torch.empty(1, top_k, dtype=score_dtype)
+    indices = torch.empty(1, top_k, dtype=torch.int64)
+    native.extension().route(
+        weight.data_ptr(),
+        x.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        (experts, hidden, top_k),
+        normalize,
+        (logits.data_ptr(), scores.data_ptr(), DTYPE_CODES[score_dtype], indices.data_ptr()),
+    )
+    return logits, scores, indices
+
+
 def gated_mlp(x: Tensor, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix) -> Tensor:
     """down(silu(gate(x)) * up(x)) of x [tokens, hidden], no biases."""
     dtype = x.dtype
-    if x.shape[1] != gate.layout.matrices[0].cols:
-        raise ValueError(f"x has shape {tuple(x.shape)}: this MLP takes [tokens, {gate.layout.matrices[0].cols}]")
+    if x.shape[1] != gate.cols:
+        raise ValueError(f"x has shape {tuple(x.shape)}: this MLP takes [tokens, {gate.cols}]")
     out = torch.empty(x.shape[0], down.rows, dtype=dtype)
     native.extension().gated_mlp(
         gate.address(dtype),
@@ -103,7 +132,7 @@ def project_heads(
     """
     batch, hidden = x.shape
     dtype, (cos, sin) = x.dtype, rotary
-    if any(matrix.layout.matrices[0].cols != hidden for matrix in matrices):
+    if any(matrix.cols != hidden for matrix in matrices):
         raise ValueError(f"x has shape {tuple(x.shape)}, which the matrices do not take")
     if cos.shape != sin.shape or cos.dtype != dtype or sin.dtype != dtype or cos.shape[0] not in (1, batch):
         raise ValueError(f"cos and sin must be {dtype} [{batch} or 1, 1, dim], not {cos.dtype} {tuple(cos.shape)}")

@@ -182,6 +182,17 @@ std::vector<std::pair<int, float>> bind_rank_experts(uint64_t weights, uint64_t 
                         hidden, limit);
 }
 
+// Keeps the interpreter, as above. A logit that is not a number has no place in an order.
+void bind_route(uint64_t weights, uint64_t x, int dtype, std::tuple<int, int, int> shape, bool normalize,
+                std::tuple<uint64_t, uint64_t, int, uint64_t> out) {
+    const auto [experts, hidden, top_k] = shape;
+    const auto [logits, scores, score_dtype, indices] = out;
+    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
+    route(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), experts, hidden,
+          {pointer<void>(logits), pointer<void>(scores), static_cast<DType>(score_dtype), pointer<int64_t>(indices),
+           top_k, normalize});
+}
+
 using Packed = std::tuple<const Record*, uint64_t, uint64_t>;  // a record of one matrix, its address, its bias
 using NormOf = std::tuple<uint64_t, int, float, bool>;          // see Norm
 
@@ -259,6 +270,7 @@ NB_MODULE(_cpu, m) {
     m.def("gather_rows", &bind_gather_rows);
     m.def("attend", &bind_attend);
     m.def("attend_project", &bind_attend_project);
+    m.def("route", &bind_route);
     m.def("rms_norm", &bind_rms_norm);
     m.def("project_heads", &bind_project_heads);
     m.def("gated_mlp", &bind_gated_mlp);

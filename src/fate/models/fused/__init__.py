@@ -16,10 +16,11 @@ from fate.models.fused.attention import FusedAttention
 from fate.models.fused.base import Fused
 from fate.models.fused.mlp import FusedMLP
 from fate.models.fused.norm import FusedRMSNorm
+from fate.models.fused.router import FusedRouter
 
 __all__ = ["Fused", "fuse"]
 
-_KINDS: tuple[type[Fused], ...] = (FusedRMSNorm, FusedMLP, FusedAttention)  # norms first: attention asks for them
+_KINDS: tuple[type[Fused], ...] = (FusedRMSNorm, FusedMLP, FusedRouter, FusedAttention)  # norms first: attention asks for them
 
 
 def fuse(model: PreTrainedModel) -> None:

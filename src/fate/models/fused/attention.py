@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from fate import kernels
 from fate.kernels.fused import Norm, attend_project, project_heads
 from fate.models.attention import ATTENTION_FUNCTION, attention_forward
-from fate.models.fused.base import Answer, Fused, is_packed, may_be_quick, own_tensors, packed_matrix, passable
+from fate.models.fused.base import Answer, Fused, is_packed, matrices, may_be_quick, own_tensors, passable
 from fate.models.fused.norm import FusedRMSNorm, norm_of
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 # Arguments that do not change what one token attends to; others are for the module itself.
 _HARMLESS = ("position_ids", "use_cache", "output_router_logits", "output_hidden_states")
+_NO_NORMS = (None, None)
 _PAST = 5  # positions of a trial's cache
 _SCALES = (1.0, 100.0)  # large inputs find what is clamped
 _FAR = 1_000_000  # a position at which what depends on positions shows
+
+Norms = tuple[Norm | None, Norm | None]  # of queries and keys
 
 
 class FusedAttention(Fused):
@@ -43,12 +46,16 @@ class FusedAttention(Fused):
             and _heads_fit(module)
         )
 
+    @classmethod
+    def take(cls, module: nn.Module) -> None:
+        super().take(module)
+        module.__dict__["_matrices"] = matrices(module, _LINEARS)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args and self._takes(**kwargs):
-            hidden, cache = kwargs["hidden_states"], kwargs["past_key_values"]
-            rotary, others = kwargs["position_embeddings"], {k: v for k, v in kwargs.items() if k in _HARMLESS}
-            if self.agrees(hidden.dtype, hidden, rotary, others):
-                return self._quick(hidden, rotary, cache), None
+        if not args and (norms := self._takes(**kwargs)) is not None:
+            hidden, rotary = kwargs["hidden_states"], kwargs["position_embeddings"]
+            if self.agrees(hidden.dtype, hidden, rotary, norms, kwargs):
+                return self._quick(hidden, rotary, norms, kwargs["past_key_values"]), None
         return super().forward(*args, **kwargs)
 
     def _takes(
@@ -58,36 +65,38 @@ class FusedAttention(Fused):
         attention_mask: Any = None,
         past_key_values: Any = None,
         **others: Any,
-    ) -> bool:
+    ) -> Norms | None:
+        """The norms of queries and keys, where the call may be quick; None otherwise."""
         if attention_mask is not None or past_key_values is None or self.training:
-            return False
+            return None
         if not may_be_quick(hidden_states) or hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
-            return False
-        if any(value is not None and value is not False and name not in _HARMLESS for name, value in others.items()):
-            return False
-        children = [child for child in self._modules.values() if child is not None]
-        linears = [self._modules[name] for name in _LINEARS]
-        return (
-            getattr(self.config, "_attn_implementation", None) == ATTENTION_FUNCTION
-            and hidden_states.shape[0] <= self.MAX_TOKENS
+            return None
+        for name, value in others.items():
+            if name not in _HARMLESS and value is not None and value is not False:
+                return None
+        children: dict[str, Any] = self._modules
+        for name, matrix in zip(_LINEARS, self.__dict__["_matrices"]):
+            if children[name] is not matrix.holder:
+                return None
+        takes = (
+            hidden_states.shape[0] <= self.MAX_TOKENS
+            and self.config._attn_implementation == ATTENTION_FUNCTION
             and _is_rotary(position_embeddings, hidden_states, self.head_dim)
-            and all(is_packed(linear) for linear in linears)
-            and passable(*children)
-            and self._norms(hidden_states) is not None
+            and passable(children.values())
         )
+        return self._norms(hidden_states) if takes else None
 
-    def _norms(self, x: Tensor) -> tuple[Norm | None, Norm | None] | None:
+    def _norms(self, x: Tensor) -> Norms | None:
         """Of queries and keys; None where a module's norm is not ours."""
-        found = [self._modules.get(name) for name in _NORMS]
-        query, key = (norm_of(module, x) for module in found)
-        missing = any(module is not None and norm is None for module, norm in zip(found, (query, key)))
-        return None if missing else (query, key)
+        children: dict[str, Any] = self._modules
+        if "q_norm" not in children:
+            return _NO_NORMS
+        query, key = norm_of(children["q_norm"], x), norm_of(children["k_norm"], x)
+        return None if query is None or key is None else (query, key)
 
-    def _quick(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+    def _quick(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], norms: Norms, cache: Any) -> Tensor:
         """hidden [batch, 1, hidden] -> [batch, 1, rows of o_proj]."""
-        norms = self._norms(hidden)
-        assert norms is not None
-        query, key, value, output = (packed_matrix(self._modules[name]) for name in _LINEARS)
+        query, key, value, output = self.__dict__["_matrices"]
         q, k, v = project_heads(hidden[:, 0], (query, key, value), norms, rotary, self.head_dim)
         keys, values = cache.update(k, v, self.layer_idx)
         if kernels.can_attend(q, keys, values):
@@ -96,26 +105,32 @@ class FusedAttention(Fused):
         return self.o_proj(attended.reshape(*hidden.shape[:-1], -1))
 
     def _trial(
-        self, generator: torch.Generator, hidden: Tensor, rotary: tuple[Tensor, Tensor], others: dict[str, Any]
+        self,
+        generator: torch.Generator,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        norms: Norms,
+        given: dict[str, Any],
     ) -> Iterable[tuple[Answer, Answer]]:
-        batch, dtype = hidden.shape[0], hidden.dtype
-        kv_heads = self._modules["k_proj"].out_features // self.head_dim  # type: ignore[union-attr]
+        """A call like the given one, elsewhere, with other numbers, in a cache of some positions."""
+        batch, dtype, kv_heads = hidden.shape[0], hidden.dtype, self.__dict__["_matrices"][1].rows // self.head_dim
+        others = {name: value for name, value in given.items() if name in _HARMLESS}
+        if isinstance(others.get("position_ids"), Tensor):
+            others["position_ids"] = torch.full_like(others["position_ids"], _FAR)
         for scale in _SCALES:
             x = (torch.randn(hidden.shape, generator=generator) * scale).to(dtype)
-            turn = tuple(torch.rand(part.shape, generator=generator).mul(2).sub(1).to(dtype) for part in rotary)
+            cos, sin = (torch.rand(part.shape, generator=generator).mul(2).sub(1).to(dtype) for part in rotary)
             past = torch.randn(2, batch, kv_heads, _PAST, self.head_dim, generator=generator).to(dtype)
-            if isinstance(others.get("position_ids"), Tensor):
-                others = {**others, "position_ids": torch.full_like(others["position_ids"], _FAR)}
             own, weights = super().forward(
                 hidden_states=x,
-                position_embeddings=turn,
+                position_embeddings=(cos, sin),
                 attention_mask=None,
                 past_key_values=_TrialCache(past),
                 **others,
             )
             if weights is not None:
                 raise ValueError("it gives attention weights")
-            yield (self._quick(x, (turn[0], turn[1]), _TrialCache(past)),), (own,)
+            yield (self._quick(x, (cos, sin), norms, _TrialCache(past)),), (own,)
 
 
 class _TrialCache:
@@ -143,15 +158,12 @@ def _heads_fit(module: Any) -> bool:
 
 def _is_rotary(given: Any, hidden: Tensor, head_dim: int) -> bool:
     """cos and sin [batch or 1, 1, dim] of an even dim that fits a head."""
-    if not isinstance(given, tuple) or len(given) != 2:
+    if type(given) is not tuple or len(given) != 2:
         return False
-    return all(
-        may_be_quick(part)
-        and part.dtype == hidden.dtype
-        and part.dim() == 3
-        and part.shape[0] in (1, hidden.shape[0])
-        and part.shape[1] == 1
-        and part.shape[2] % 2 == 0
-        and part.shape[2] <= head_dim
-        for part in given
-    ) and bool(given[0].shape == given[1].shape)
+    cos, sin = given
+    if not may_be_quick(cos) or not may_be_quick(sin) or cos.dtype != hidden.dtype or sin.dtype != hidden.dtype:
+        return False
+    shape = cos.shape
+    if len(shape) != 3 or sin.shape != shape or shape[1] != 1 or shape[0] not in (1, hidden.shape[0]):
+        return False
+    return bool(shape[2] <= head_dim and shape[2] % 2 == 0)

@@ -62,7 +62,7 @@ def may_be_quick(x: object) -> bool:
     return (
         type(x) is Tensor
         and x.dtype in native.DTYPE_CODES
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.is_contiguous()
         and native.extension() is not None
         and not (x.requires_grad and torch.is_grad_enabled())
@@ -70,13 +70,15 @@ def may_be_quick(x: object) -> bool:
     )
 
 
-def passable(*modules: nn.Module) -> bool:
+def passable(modules: Iterable[nn.Module | None]) -> bool:
     """Whether nobody wants to hear of calls of these modules, and none was given another forward."""
     if _has_any_global_hook():
         return False
     for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return False
+        if module is not None:
+            state = module.__dict__
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                return False
     return True
 
 
@@ -84,8 +86,10 @@ def is_packed(module: object) -> bool:
     return type(module) is PackedLinear and not module.layout.is_raw
 
 
-def packed_matrix(linear: Any) -> PackedMatrix:
-    return PackedMatrix(linear.packed, linear.layout, linear.bias)
+def matrices(module: nn.Module, names: Iterable[str]) -> tuple[PackedMatrix, ...]:
+    """Those of the module's packed children, in this order."""
+    children: dict[str, Any] = module._modules
+    return tuple(PackedMatrix(children[name]) for name in names)
 
 
 def own_tensors(module: nn.Module) -> list[str]:

@@ -31,15 +31,16 @@ class FusedRMSNorm(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and may_be_quick(args[0]):
-            norm = self.quick_norm(args[0].dtype)
-            if norm is not None and args[0].shape[-1:] == norm.weight.shape:
-                return rms_norm(args[0], norm)
+            x: Tensor = args[0]
+            norm = self.quick_norm(x.dtype)
+            if norm is not None and x.shape[-1] == norm.weight.shape[0]:
+                return rms_norm(x, norm)
         return super().forward(*args, **kwargs)
 
     def quick_norm(self, dtype: torch.dtype) -> Norm | None:
         """What the kernel needs, where it agrees with the module for activations of `dtype`."""
         weight = self._parameters["weight"]
-        if weight is None or weight.dtype != dtype or weight.requires_grad or weight.device.type != "cpu":
+        if weight is None or weight.dtype != dtype or weight.requires_grad or not weight.is_cpu:
             return None
         if not self.agrees(dtype, dtype):
             return None
@@ -64,8 +65,8 @@ class FusedRMSNorm(Fused):
 
 
 def _eps(module: nn.Module) -> Any:
-    eps = getattr(module, "variance_epsilon", None)
-    return getattr(module, "eps", None) if eps is None else eps
+    state = module.__dict__
+    return state["variance_epsilon"] if "variance_epsilon" in state else state.get("eps")
 
 
 def norm_of(module: nn.Module | None, x: Tensor) -> Norm | None:

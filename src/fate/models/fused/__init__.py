@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from fate.kernels import native
 from fate.models.fused.attention import FusedAttention
 from fate.models.fused.base import Fused
 from fate.models.fused.mlp import FusedMLP
@@ -20,11 +21,14 @@ from fate.models.fused.router import FusedRouter
 
 __all__ = ["Fused", "fuse"]
 
-_KINDS: tuple[type[Fused], ...] = (FusedRMSNorm, FusedMLP, FusedRouter, FusedAttention)  # norms first: attention asks for them
+# Norms first: attention wants to know which of its norms are ours.
+_KINDS: tuple[type[Fused], ...] = (FusedRMSNorm, FusedMLP, FusedRouter, FusedAttention)
 
 
 def fuse(model: PreTrainedModel) -> None:
     """Give the modules of `model` that look like one of our kinds their quick way. Changes no weight."""
+    if native.extension() is None:
+        return
     for kind in _KINDS:
         for module in model.modules():
             if not isinstance(module, Fused) and kind.recognises(module):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from fate import kernels
 from fate.kernels.fused import Norm, attend_project, project_heads
@@ -67,7 +68,7 @@ class FusedAttention(Fused):
         **others: Any,
     ) -> Norms | None:
         """The norms of queries and keys, where the call may be quick; None otherwise."""
-        if attention_mask is not None or past_key_values is None or self.training:
+        if attention_mask is not None or self.training or not isinstance(past_key_values, DynamicCache):
             return None
         if not may_be_quick(hidden_states) or hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
             return None

@@ -51,7 +51,7 @@ class FusedMLP(Fused):
             and children["gate_proj"] is matrices[0].holder
             and children["up_proj"] is matrices[1].holder
             and children["down_proj"] is matrices[2].holder
-            and is_silu(children["act_fn"] if "act_fn" in children else self.act_fn)
+            and is_silu(self.act_fn)
             and passable(children.values())
         )
 

@@ -71,7 +71,7 @@ class FusedRouter(Fused):
 
 def _fits(weight: Tensor, x: Tensor) -> bool:
     return (
-        x.numel() == weight.shape[1] == x.shape[-1]
+        x.shape == (1, weight.shape[1])
         and weight.dtype == x.dtype
         and weight.is_cpu
         and weight.is_contiguous()

@@ -12,13 +12,13 @@ from fate.kernels.fused import route
 from fate.kernels.native import DTYPE_CODES
 from fate.models.fused.base import Answer, Fused, may_be_quick, own_tensors
 
-_TOKENS = 16
-_SCALES = (1.0, 30.0)  # large inputs find what is capped
+_TOKENS = 8
+_SCALES = (0.01, 1.0, 30.0)  # small ones first: then probabilities of the chosen are far from their shares
 
 
 class FusedRouter(Fused):
     """(logits, scores, indices) of one token: softmax in float32, the largest top_k, divided by their sum or not, which
-    is found by trial."""
+    is found by trial. Large inputs find what is capped."""
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
@@ -47,26 +47,19 @@ class FusedRouter(Fused):
         return route(x, weight, self.top_k, normalizes, score_dtype)
 
     def _trial(self, generator: torch.Generator, given: Tensor) -> Iterable[tuple[Answer, Answer]]:
-        """A near tie may fall either way, now and then."""
-        tied, asked = 0, 0
+        """Of near ties either may be chosen: what was chosen is compared by its probabilities."""
         for scale in _SCALES:
             for _ in range(_TOKENS):
                 x = (torch.randn(given.shape, generator=generator) * scale).to(given.dtype)
-                own: tuple[Tensor, ...] = super().forward(x)
-                logits, scores, indices = own
+                logits, scores, indices = super().forward(x)
                 if "_manner" not in self.__dict__:
                     if scores.dtype not in DTYPE_CODES:
                         raise ValueError(f"its scores are {scores.dtype}")
                     whole = bool((scores.double().sum() - 1).abs() < 0.01)
                     self.__dict__["_manner"] = (whole, scores.dtype)
                 ours = self._quick(x)
-                asked += 1
-                if torch.equal(indices, ours[2]):
-                    yield ours[:2], (logits, scores)
-                else:
-                    tied += 1
-        if tied > asked // 8:
-            raise ValueError(f"{tied} of {asked} tokens go to other experts")
+                shares = logits.float().softmax(dim=-1)
+                yield (*ours[:2], shares.gather(1, ours[2])), (logits, scores, shares.gather(1, indices))
 
 
 def _fits(weight: Tensor, x: Tensor) -> bool:

@@ -182,7 +182,7 @@ std::vector<std::pair<int, float>> bind_rank_experts(uint64_t weights, uint64_t 
                         hidden, limit);
 }
 
-// Keeps the interpreter, as above. A logit that is not a number has no place in an order.
+// Keeps the interpreter, as above.
 void bind_route(uint64_t weights, uint64_t x, int dtype, std::tuple<int, int, int> shape, bool normalize,
                 std::tuple<uint64_t, uint64_t, int, uint64_t> out) {
     const auto [experts, hidden, top_k] = shape;

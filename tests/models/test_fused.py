@@ -171,7 +171,7 @@ class Clamped(Qwen2MoeMLP):
         return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7.0)) * self.up_proj(x).clamp(-7.0, 7.0))
 
 
-class OneMore(Qwen2MoeRMSNorm):
+class OneMoreRMSNorm(Qwen2MoeRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states) / self.weight * (1 + self.weight)
 
@@ -210,7 +210,7 @@ class FarAway(Qwen2MoeAttention):
     ("kind", "cls"),
     [
         (FusedMLP, Clamped),
-        (FusedRMSNorm, OneMore),
+        (FusedRMSNorm, OneMoreRMSNorm),
         (FusedRouter, SigmoidRouter),
         (FusedAttention, Interleaved),
         (FusedAttention, WithoutPositions),

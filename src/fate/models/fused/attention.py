@@ -31,6 +31,12 @@ Norms = tuple[Norm | None, Norm | None]  # of queries and keys
 class FusedAttention(Fused):
     """Llama's attention and its relatives: q, k, v (biases, norms of queries and keys), rotation in halves, o."""
 
+    config: Any
+    head_dim: int
+    layer_idx: int
+    o_proj: nn.Module
+    scaling: float
+
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
         children = module._modules

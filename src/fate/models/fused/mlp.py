@@ -22,7 +22,7 @@ class FusedMLP(Fused):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        children = module._modules
+        children: dict[str, Any] = module._modules
         return (
             set(children) - {"act_fn"} == set(_LINEARS)
             and not own_tensors(module)

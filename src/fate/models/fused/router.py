@@ -20,6 +20,8 @@ class FusedRouter(Fused):
     """(logits, scores, indices) of one token: softmax in float32, the largest top_k, divided by their sum or not, which
     is found by trial. Large inputs find what is capped."""
 
+    top_k: int
+
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
         weight = module._parameters.get("weight")

@@ -21,7 +21,7 @@ from fate.memory import (
     parse_experts,
     parse_memory,
 )
-from fate.models import attention
+from fate.models import attention, fused
 from fate.models.adapter import MoELayer
 from fate.models.routers import RouterGate
 from fate.precision import PRECISIONS
@@ -94,6 +94,7 @@ class Assembly:
                 self._early.append(EarlyRouter(layer, gate, runtime))
             self._runtimes.append(runtime)
         attention.adopt(model)
+        fused.fuse(model)
         attach(model, Session(self, self.build(system, plan, link), link))
 
     @property

@@ -6,6 +6,7 @@ experts as they land, and sum their rows in rank order, so that arrival never ch
 
 from __future__ import annotations
 
+import functools
 import time
 from itertools import pairwise
 from typing import Any
@@ -227,11 +228,17 @@ class _OneToken(_Work):
         self.pairs_per_expert = {expert: len(self._ranks[expert]) for expert in ordered}
 
     def pairs(self, experts: list[int]) -> tuple[list[int], torch.Tensor]:
-        bounds, pairs = [0], []
+        bounds, ranks = [0], []
         for expert in experts:
-            pairs += [(0, rank) for rank in self._ranks[expert]]
-            bounds.append(len(pairs))
-        return bounds, torch.tensor(pairs, dtype=torch.int32)
+            ranks += self._ranks[expert]
+            bounds.append(len(ranks))
+        return bounds, _one_tokens_pairs(tuple(ranks))
+
+
+@functools.lru_cache(maxsize=1024)
+def _one_tokens_pairs(ranks: tuple[int, ...]) -> torch.Tensor:
+    """int32 [ranks, 2] of (0, rank), to be read only: a tensor of eight numbers takes longer to make than to find."""
+    return torch.tensor([(0, rank) for rank in ranks], dtype=torch.int32)
 
 
 def pairs_per_expert(index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> dict[int, int]:

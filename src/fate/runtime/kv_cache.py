@@ -59,8 +59,8 @@ class PlannedLayer(DynamicLayer):
             if tokens and held is not None:
                 buffer[..., :tokens, :] = held
             self._buffers[name] = buffer
-        buffer[..., tokens:total, :] = new
-        return buffer[..., :total, :]
+        buffer.narrow(-2, tokens, new.shape[-2]).copy_(new)
+        return buffer.narrow(-2, 0, total)
 
 
 def _starts(buffer: torch.Tensor, view: torch.Tensor | None) -> bool:

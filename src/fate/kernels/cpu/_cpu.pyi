@@ -93,3 +93,47 @@ def quantize_matrix(
 def kernel_name() -> str: ...
 def available_kernels() -> list[str]: ...
 def select_kernels(name: str) -> bool: ...
+
+Packed = tuple[Record, int, int]
+NormOf = tuple[int, int, float, bool]
+
+def attend_project(
+    q: int,
+    keys: int,
+    key_strides: tuple[int, int, int],
+    values: int,
+    value_strides: tuple[int, int, int],
+    dtype: int,
+    shape: tuple[int, int, int, int],
+    dims: tuple[int, int],
+    scale: float,
+    packed: Packed,
+    out: int,
+    threads: int,
+) -> None: ...
+def route(
+    weights: int,
+    x: int,
+    dtype: int,
+    shape: tuple[int, int, int],
+    normalize: bool,
+    out: tuple[int, int, int, int],
+) -> None: ...
+def rms_norm(norm: NormOf, x: int, dtype: int, rows: int, out: int, threads: int) -> None: ...
+def project_heads(
+    query: Packed,
+    key: Packed,
+    value: Packed,
+    query_norm: NormOf,
+    key_norm: NormOf,
+    rotary: tuple[int, int, int, int],
+    x: int,
+    dtype: int,
+    tokens: int,
+    head_dim: int,
+    out: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def gated_mlp(
+    gate: Packed, up: Packed, down: Packed, x: int, dtype: int, tokens: int, out: int, threads: int
+) -> None: ...

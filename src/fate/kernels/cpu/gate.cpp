@@ -4,6 +4,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "activations.h"
+
 namespace fate {
 
 namespace {
@@ -62,6 +64,27 @@ std::vector<std::pair<int, float>> rank_experts(const void* weights, const void*
     std::vector<std::pair<int, float>> ranked(limit);
     for (int i = 0; i < limit; ++i) ranked[i] = {order[i], std::exp(logits[order[i]] - top) / total};
     return ranked;
+}
+
+void route(const void* weights, const void* x, DType dtype, int experts, int hidden, const Choice& choice) {
+    std::vector<float> input(hidden), logits(experts), scores(choice.top_k);
+    compute_logits(weights, x, dtype, experts, hidden, input.data(), logits.data());
+    store_floats(logits.data(), experts, dtype, choice.logits);
+    load_floats(choice.logits, dtype, experts, logits.data());
+    std::vector<int> order(experts);
+    std::iota(order.begin(), order.end(), 0);
+    std::partial_sort(order.begin(), order.begin() + choice.top_k, order.end(), [&](int a, int b) {
+        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    });
+    float total = 0.0f, chosen = 0.0f;
+    for (float logit : logits) total += std::exp(logit - logits[order[0]]);
+    for (int rank = 0; rank < choice.top_k; ++rank) {
+        choice.indices[rank] = order[rank];
+        chosen += scores[rank] = std::exp(logits[order[rank]] - logits[order[0]]) / total;
+    }
+    if (choice.normalize)
+        for (float& score : scores) score /= chosen;
+    store_floats(scores.data(), choice.top_k, choice.score_dtype, choice.scores);
 }
 
 }  // namespace fate

@@ -14,4 +14,16 @@ namespace fate {
 std::vector<std::pair<int, float>> rank_experts(const void* weights, const void* x, DType dtype, int experts,
                                                 int hidden, int limit);
 
+// A softmax router's answer for one token: logits [experts] = weights x, rounded to `dtype`, the `top_k` largest of
+// their softmax, largest first (of equals the lower index), divided by their sum if `normalize`.
+struct Choice {
+    void* logits;       // [experts], of `dtype`
+    void* scores;       // [top_k]
+    DType score_dtype;
+    int64_t* indices;   // [top_k]
+    int top_k;
+    bool normalize;
+};
+void route(const void* weights, const void* x, DType dtype, int experts, int hidden, const Choice& choice);
+
 }  // namespace fate

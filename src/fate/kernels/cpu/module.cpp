@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "fused.h"
 #include "gate.h"
 #include "linear.h"
 #include "quantize.h"
@@ -140,18 +141,26 @@ void bind_gather_rows(const Record& record, int index, uint64_t packed, uint64_t
 
 using Strides = std::tuple<int64_t, int64_t, int64_t>;  // batch, head, position
 
-void bind_attend(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides, int dtype,
-                 std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims, float scale,
-                 uint64_t out, int threads) {
+AttentionCall attention_call(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides,
+                             int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims,
+                             float scale) {
     const auto [batch, heads, kv_heads, length] = shape;
     const auto [key_dim, value_dim] = dims;
     require(batch > 0 && kv_heads > 0 && heads % kv_heads == 0 && length > 0 && key_dim > 0 && value_dim > 0,
             "attention needs positions, dimensions, and heads that share key-value heads equally");
-    nb::gil_scoped_release release;
-    attend({pointer<const void>(q), pointer<const void>(keys), pointer<const void>(values),
+    return {pointer<const void>(q), pointer<const void>(keys), pointer<const void>(values),
             std::make_from_tuple<CacheStrides>(key_strides), std::make_from_tuple<CacheStrides>(value_strides),
-            static_cast<DType>(dtype), batch, heads, kv_heads, length, key_dim, value_dim, scale, pointer<void>(out),
-            threads});
+            static_cast<DType>(dtype), batch, heads, kv_heads, length, key_dim, value_dim, scale, nullptr, 1};
+}
+
+void bind_attend(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides, int dtype,
+                 std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims, float scale,
+                 uint64_t out, int threads) {
+    AttentionCall call = attention_call(q, keys, key_strides, values, value_strides, dtype, shape, dims, scale);
+    call.out = pointer<void>(out);
+    call.threads = threads;
+    nb::gil_scoped_release release;
+    attend(call);
 }
 
 float bind_largest_magnitude(uint64_t weights, int dtype, int64_t pitch, int rows, int cols) {
@@ -194,6 +203,84 @@ std::vector<std::pair<int, float>> bind_rank_experts(uint64_t weights, uint64_t 
                         hidden, limit);
 }
 
+// Keeps the interpreter, as above.
+void bind_route(uint64_t weights, uint64_t x, int dtype, std::tuple<int, int, int> shape, bool normalize,
+                std::tuple<uint64_t, uint64_t, int, uint64_t> out) {
+    const auto [experts, hidden, top_k] = shape;
+    const auto [logits, scores, score_dtype, indices] = out;
+    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
+    route(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), experts, hidden,
+          {pointer<void>(logits), pointer<void>(scores), static_cast<DType>(score_dtype), pointer<int64_t>(indices),
+           top_k, normalize});
+}
+
+using Packed = std::tuple<const Record*, uint64_t, uint64_t>;  // a record of one matrix, its address, its bias
+using NormOf = std::tuple<uint64_t, int, float, bool>;          // see Norm
+
+Matrix dense_matrix(const Packed& packed) { return matrix_of(*std::get<0>(packed), 0, false, std::get<1>(packed)); }
+
+Norm norm_of(const NormOf& norm) {
+    const auto [weight, cols, eps, rounds_first] = norm;
+    return {pointer<const void>(weight), cols, eps, rounds_first};
+}
+
+Projection projection(const Packed& packed, const NormOf& norm, uint64_t out) {
+    const Projection made{dense_matrix(packed), pointer<const void>(std::get<2>(packed)), norm_of(norm),
+                          pointer<void>(out)};
+    require(made.norm.weight == nullptr || (made.norm.cols > 0 && made.matrix.rows % made.norm.cols == 0),
+            "a norm must cover heads");
+    return made;
+}
+
+void bind_rms_norm(const NormOf& norm, uint64_t x, int dtype, int64_t rows, uint64_t out, int threads) {
+    require(std::get<1>(norm) > 0, "a norm needs columns");
+    nb::gil_scoped_release release;
+    rms_norm(norm_of(norm), pointer<const void>(x), static_cast<DType>(dtype), rows, pointer<void>(out), threads);
+}
+
+void bind_project_heads(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
+                        const NormOf& key_norm, std::tuple<uint64_t, uint64_t, int, int> rotary, uint64_t x, int dtype,
+                        int64_t tokens, int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
+    const auto [cos, sin, dim, step] = rotary;
+    const HeadsCall call{projection(query, query_norm, std::get<0>(out)),
+                         projection(key, key_norm, std::get<1>(out)),
+                         projection(value, {0, 0, 0.0f, false}, std::get<2>(out)),
+                         {pointer<const void>(cos), pointer<const void>(sin), dim, step},
+                         pointer<const void>(x),
+                         static_cast<DType>(dtype),
+                         tokens,
+                         head_dim,
+                         threads};
+    const auto whole = [&](const Projection& to) { return to.matrix.rows % head_dim == 0; };
+    require(head_dim > 0 && whole(call.query) && whole(call.key) && whole(call.value), "matrices must be whole heads");
+    require(dim >= 0 && dim <= head_dim && dim % 2 == 0, "a rotation needs an even part of a head");
+    require(call.query.matrix.cols == call.key.matrix.cols && call.key.matrix.cols == call.value.matrix.cols,
+            "queries, keys and values must have one input");
+    nb::gil_scoped_release release;
+    project_heads(call);
+}
+
+void bind_gated_mlp(const Packed& gate, const Packed& up, const Packed& down, uint64_t x, int dtype, int64_t tokens,
+                    uint64_t out, int threads) {
+    const Matrix first = dense_matrix(gate), second = dense_matrix(up), third = dense_matrix(down);
+    require(first.cols == second.cols && first.rows == second.rows && third.cols == first.rows,
+            "a gated MLP needs matrices [I, H], [I, H] and [O, I]");
+    nb::gil_scoped_release release;
+    gated_mlp(first, second, third, pointer<const void>(x), static_cast<DType>(dtype), tokens, pointer<void>(out),
+              threads);
+}
+
+void bind_attend_project(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides,
+                         int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims,
+                         float scale, const Packed& packed, uint64_t out, int threads) {
+    AttentionCall call = attention_call(q, keys, key_strides, values, value_strides, dtype, shape, dims, scale);
+    call.threads = threads;
+    const Matrix matrix = dense_matrix(packed);
+    require(matrix.cols == call.heads * call.value_dim, "the output matrix must take all heads");
+    nb::gil_scoped_release release;
+    attend_project(call, matrix, pointer<const void>(std::get<2>(packed)), pointer<void>(out));
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -204,6 +291,11 @@ NB_MODULE(_cpu, m) {
     m.def("reduce_rows", &bind_reduce_rows);
     m.def("gather_rows", &bind_gather_rows);
     m.def("attend", &bind_attend);
+    m.def("attend_project", &bind_attend_project);
+    m.def("route", &bind_route);
+    m.def("rms_norm", &bind_rms_norm);
+    m.def("project_heads", &bind_project_heads);
+    m.def("gated_mlp", &bind_gated_mlp);
     m.def("largest_magnitude", &bind_largest_magnitude);
     m.def("quantize_matrix", &bind_quantize_matrix);
     m.def("read_file", &bind_read_file);

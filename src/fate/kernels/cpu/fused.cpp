@@ -1,0 +1,136 @@
+#include "fused.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "linear.h"
+#include "team.h"
+
+namespace fate {
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int64_t kMinParallelFloats = 1 << 15;  // numbers that are worth a helper
+
+inline float same(float value) { return value; }
+
+template <typename T, float (*Float)(T)>
+__attribute__((always_inline)) inline float mean_of_squares(const T* x, int n) {
+    float lanes[kLanes] = {};
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += Float(x[i + lane]) * Float(x[i + lane]);
+    }
+    float sum = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+    for (; i < n; ++i) sum += Float(x[i]) * Float(x[i]);
+    return sum / static_cast<float>(n);
+}
+
+template <typename T, float (*Float)(T), T (*Round)(float)>
+__attribute__((always_inline)) inline void normalize(const Norm& norm, const void* x_row, void* out_row) {
+    const T *x = static_cast<const T*>(x_row), *weight = static_cast<const T*>(norm.weight);
+    T* out = static_cast<T*>(out_row);
+    const float scale = 1.0f / std::sqrt(mean_of_squares<T, Float>(x, norm.cols) + norm.eps);
+    if (norm.rounds_first) {
+        for (int i = 0; i < norm.cols; ++i) out[i] = Round(Float(weight[i]) * Float(Round(Float(x[i]) * scale)));
+    } else {
+        for (int i = 0; i < norm.cols; ++i) out[i] = Round(Float(weight[i]) * (Float(x[i]) * scale));
+    }
+}
+
+// One head of one token, in place. Sums and products are rounded one by one, as torch's operations do.
+template <typename T, float (*Float)(T), T (*Round)(float)>
+__attribute__((always_inline)) inline void rotate(void* head, const void* cos_row, const void* sin_row, int dim) {
+    T* x = static_cast<T*>(head);
+    const T *cos = static_cast<const T*>(cos_row), *sin = static_cast<const T*>(sin_row);
+    const int half = dim / 2;
+    for (int i = 0; i < half; ++i) {
+        const float first = Float(x[i]), second = Float(x[i + half]);
+        const float turned = Float(Round(-second * Float(sin[i])));
+        const float turned_back = Float(Round(first * Float(sin[i + half])));
+        x[i] = Round(Float(Round(first * Float(cos[i]))) + turned);
+        x[i + half] = Round(Float(Round(second * Float(cos[i + half]))) + turned_back);
+    }
+}
+
+template <typename T, float (*Float)(T), T (*Round)(float)>
+__attribute__((always_inline)) inline void gate_with_silu(void* gate, const void* up, int64_t count) {
+    T* g = static_cast<T*>(gate);
+    const T* u = static_cast<const T*>(up);
+    for (int64_t i = 0; i < count; ++i) g[i] = Round(Float(Round(silu(Float(g[i])))) * Float(u[i]));
+}
+
+FATE_CLONES void normalize_row(const Norm& norm, DType dtype, const void* x, void* out) {
+    if (dtype == DType::kFloat32) normalize<float, same, same>(norm, x, out);
+    else if (dtype == DType::kBFloat16) normalize<uint16_t, bfloat16_to_float, float_to_bfloat16>(norm, x, out);
+    else normalize<uint16_t, half_to_float, float_to_half>(norm, x, out);
+}
+
+FATE_CLONES void rotate_head(DType dtype, void* head, const void* cos, const void* sin, int dim) {
+    if (dtype == DType::kFloat32) rotate<float, same, same>(head, cos, sin, dim);
+    else if (dtype == DType::kBFloat16) rotate<uint16_t, bfloat16_to_float, float_to_bfloat16>(head, cos, sin, dim);
+    else rotate<uint16_t, half_to_float, float_to_half>(head, cos, sin, dim);
+}
+
+FATE_CLONES void swiglu_in_place(DType dtype, void* gate, const void* up, int64_t count) {
+    if (dtype == DType::kFloat32) gate_with_silu<float, same, same>(gate, up, count);
+    else if (dtype == DType::kBFloat16) gate_with_silu<uint16_t, bfloat16_to_float, float_to_bfloat16>(gate, up, count);
+    else gate_with_silu<uint16_t, half_to_float, float_to_half>(gate, up, count);
+}
+
+void* element(void* base, DType dtype, int64_t index) { return static_cast<char*>(base) + index * item_bytes(dtype); }
+
+const void* element(const void* base, DType dtype, int64_t index) {
+    return static_cast<const char*>(base) + index * item_bytes(dtype);
+}
+
+void project(const HeadsCall& call, const Projection& to, bool rotated) {
+    const int64_t rows = to.matrix.rows, heads = rows / call.head_dim;
+    linear(to.matrix, call.x, call.dtype, call.tokens, to.bias, to.out, call.threads);
+    if (to.norm.weight != nullptr)
+        rms_norm(to.norm, to.out, call.dtype, call.tokens * rows / to.norm.cols, to.out, call.threads);
+    if (!rotated) return;
+    for (int64_t at = 0; at < call.tokens * heads; ++at) {
+        const int64_t place = at / heads * call.rotary.step;
+        rotate_head(call.dtype, element(to.out, call.dtype, at * call.head_dim),
+                    element(call.rotary.cos, call.dtype, place), element(call.rotary.sin, call.dtype, place),
+                    call.rotary.dim);
+    }
+}
+
+}  // namespace
+
+void rms_norm(const Norm& norm, const void* x, DType dtype, int64_t rows, void* out, int threads) {
+    parallel_for(rows, rows * norm.cols < kMinParallelFloats ? 1 : threads, [&](int64_t row, int) {
+        normalize_row(norm, dtype, element(x, dtype, row * norm.cols), element(out, dtype, row * norm.cols));
+    });
+}
+
+void project_heads(const HeadsCall& call) {
+    project(call, call.query, true);
+    project(call, call.key, true);
+    project(call, call.value, false);
+}
+
+void gated_mlp(const Matrix& gate, const Matrix& up, const Matrix& down, const void* x, DType dtype, int64_t tokens,
+               void* out, int threads) {
+    const int64_t count = tokens * gate.rows;
+    std::vector<float> memory(2 * count);  // enough for any dtype
+    void *gated = memory.data(), *upped = memory.data() + count;
+    linear(gate, x, dtype, tokens, nullptr, gated, threads);
+    linear(up, x, dtype, tokens, nullptr, upped, threads);
+    swiglu_in_place(dtype, gated, upped, count);
+    linear(down, gated, dtype, tokens, nullptr, out, threads);
+}
+
+void attend_project(AttentionCall call, const Matrix& matrix, const void* bias, void* out) {
+    std::vector<float> heads(call.batch * call.heads * call.value_dim);
+    call.out = heads.data();
+    attend(call);
+    linear(matrix, heads.data(), call.dtype, call.batch, bias, out, call.threads);
+}
+
+}  // namespace fate

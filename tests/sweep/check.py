@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations.moe import _default_apply_gate
 
 import fate
-from fate.convert import convert
+from fate.conversion import convert
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers, is_silu
 from fate.models.adapters import adapt
 from fate.models.adapters.stacked import StackedExperts

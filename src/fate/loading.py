@@ -87,6 +87,8 @@ def load(
             raise UsageError(f"{name}={value} is not valid: give a whole number of at least {least}")
     wanted = resolve_system(system)
     store = ensure_store(model, on_convert, trust_remote_code)
+    if dense is not None and not dense.store.samefile(store):
+        raise UsageError(f"dense holds the weights of {dense.store}: give what was read ahead of {store}")
     with read_ahead(store, memory) if dense is None else nullcontext(dense) as reading:
         from fate.runtime.assembly import LoadOptions
 

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from cli_support import FAMILY
 from tiny import tiny_store
 
@@ -71,22 +69,16 @@ def test_a_heavy_import_would_be_seen() -> None:
 
 FROM_PRETRAINED = """
 import sys
-{first}
-{second}
-from fate.store.files import is_store
-assert is_store(sys.argv[1])
+import fate
+import transformers
+
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(model.fate).__name__, fate.convert.__name__, transformers.quantizers.auto.__loader__.__class__.__name__)
 """
 
 
-@pytest.mark.parametrize(
-    "first, second", [("import fate", "import transformers"), ("import transformers.quantizers", "import fate")]
-)
-def test_transformers_knows_the_format_whichever_is_imported_first(first: str, second: str) -> None:
-    code = FROM_PRETRAINED.format(first=first, second=f"{second}\nimport fate, transformers")
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny_store(FAMILY))], capture_output=True, text=True, timeout=100
-    )
+def test_transformers_imported_later_knows_the_format() -> None:
+    command = [sys.executable, "-c", FROM_PRETRAINED, str(tiny_store(FAMILY))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["Session", "convert", "SourceFileLoader"]

@@ -12,7 +12,7 @@ import pytest
 
 import fate
 from cli_support import FAMILY, flip
-from fate.errors import BudgetTooSmallError, ChecksumError, StoreError
+from fate.errors import BudgetTooSmallError, ChecksumError, StoreError, UsageError
 from fate.loading import read_ahead
 from fate.store import ahead
 from fate.store.ahead import DenseWeights
@@ -86,11 +86,16 @@ def test_ctrl_c_meanwhile_joins_the_thread(store: Path, monkeypatch: pytest.Monk
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ahead, "CHUNK_BYTES", PAGE_BYTES)
-    with pytest.raises(KeyboardInterrupt), read_ahead(store, None):
-        monkeypatch.setattr(os, "preadv", slow)
-        started.wait(5)
-        assert readers()
-        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "preadv", slow)
+
+    def interrupted() -> None:
+        with read_ahead(store, None):
+            assert started.wait(30)
+            assert readers()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not readers()
 
 
@@ -101,6 +106,11 @@ def test_a_budget_that_may_not_hold_them_reads_nothing_ahead(store: Path) -> Non
         assert dense.wait() == 0
     with pytest.raises(BudgetTooSmallError):
         fate.load(store, memory="100MiB")
+
+
+def test_weights_of_another_store_are_refused(store: Path, damaged: Path) -> None:
+    with DenseWeights(damaged) as dense, pytest.raises(UsageError, match="dense holds the weights of"):
+        fate.load(store, dense=dense)
 
 
 def test_a_checkpoint_has_nothing_to_read_ahead(tmp_path: Path) -> None:

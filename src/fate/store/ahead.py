@@ -38,7 +38,7 @@ class DenseWeights:
     """
 
     def __init__(self, store: Path) -> None:
-        self._store = store
+        self.store = store
         self._places: dict[str, tuple[int, int]] = {}
         self._memory: mmap.mmap | None = None
         self._error: BaseException | None = None
@@ -88,13 +88,13 @@ class DenseWeights:
 
     def _run(self) -> None:
         try:
-            if (file := self._store / PACKED_FILE).is_file():
+            if (file := self.store / PACKED_FILE).is_file():
                 self._read(file)
         except BaseException as error:  # whatever it is, who asks for the weights must get it
             self._error = error
 
     def _read(self, file: Path) -> None:
-        expected = read_checksums(self._store, PACKED_FILE)
+        expected = read_checksums(self.store, PACKED_FILE)
         fd, direct = open_direct(file)
         try:
             first, tensors = _read_header(file)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ _MAX_RECORDS = 4096
 
 _extension: Any = _cpu
 _records: dict[int, tuple[RecordLayout, Any]] = {}
+atexit.register(_records.clear)  # the extension complains of what outlives it
 
 
 @dataclass(frozen=True)

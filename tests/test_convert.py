@@ -20,7 +20,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fate.convert import convert
+from fate.conversion import convert
 from fate.errors import (
     DiskFullError,
     OutputExistsError,
@@ -31,7 +31,7 @@ from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE, StoreReader
 from fate.store.writer import StoreWriter
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_model
 
-_MODULE = importlib.import_module("fate.convert")  # the attribute of that name is the function
+_MODULE = importlib.import_module("fate.conversion")  # the attribute of that name is the function
 _PATHS = {"PYTHONPATH": os.pathsep.join(sys.path)}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GPT_OSS = {
@@ -288,7 +288,7 @@ def test_progress_covers_all_bytes_and_an_interrupt_can_be_resumed(
 _KILLED = """
 import os, random, signal, sys
 from pathlib import Path
-from fate.convert import convert
+from fate.conversion import convert
 from fate.store import writer
 
 rng, real = random.Random(int(sys.argv[3])), os.pwrite
@@ -383,7 +383,7 @@ def test_a_disk_too_small_is_refused_before_writing(tmp_path: Path, monkeypatch:
 _MEASURED = """
 import sys
 from pathlib import Path
-from fate.convert import convert
+from fate.conversion import convert
 
 convert(sys.argv[1], Path(sys.argv[2]))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

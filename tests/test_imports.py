@@ -20,12 +20,19 @@ import pytest
 LAYERS: dict[str, tuple[str, ...]] = {
     "values": ("fate.core", "fate.errors"),
     "foundation": ("fate.registry", "fate.memory", "fate.directories"),
-    "store format": ("fate.store.format",),
-    "policies": ("fate.cache", "fate.predict", "fate.precision", "fate.transfer.scheduler", "fate.trace"),
+    "store format": ("fate.store.format", "fate.store.files", "fate.store.ahead"),
+    "policies": (
+        "fate.cache",
+        "fate.predict",
+        "fate.precision",
+        "fate.transfer.link",
+        "fate.transfer.scheduler",
+        "fate.trace",
+    ),
     "simulation": ("fate.sim",),
     "torch": ("fate.store", "fate.quant", "fate.kernels", "fate.models", "fate.transfer"),
     "engine": (
-        "fate.convert",
+        "fate.conversion",
         "fate.synth",
         "fate.synth_routing",
         "fate.synth_checkpoint",
@@ -39,7 +46,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "fate.similarity",
         "fate.explanation",
     ),
-    "public API": ("fate", "fate.loading"),
+    "public API": ("fate", "fate.loading", "fate.registration"),
     "front ends": ("fate.cli", "fate.server", "fate.bench"),
 }
 FIRST_TORCH_LAYER = "torch"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fate.convert import read_config, transformers_config
+from fate.conversion import read_config, transformers_config
 from fate.core import Envelope
-from fate.memory import Needs
+from fate.memory import DEFAULT_PREFILL_CHUNK, Needs
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.packable import packable
 from fate.runtime import planning
@@ -67,7 +67,7 @@ def inspect_model(
         specs = tuple(LayerSpec(layer.name, layer.num_experts, layer.matrices) for layer in layers)
         header = StoreHeader("int4", "", config.model_type, specs)
         dense = _packed_dense_bytes(model, layers, dense_bits)
-    envelope = planning.resolve_envelope(model, max_context, 1, planning.DEFAULT_PREFILL_CHUNK, None)
+    envelope = planning.resolve_envelope(model, max_context, 1, DEFAULT_PREFILL_CHUNK, None)
     needs = planning.measure_needs(model, header, dense, envelope)
     top_k = planning.top_k(model)
     return Inspection(path, stored, config.model_type, header.codec, layers, header, top_k, dense, needs, envelope)

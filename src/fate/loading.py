@@ -1,4 +1,8 @@
-"""`fate.load`: from a model's name to a running transformers model inside a memory budget."""
+"""`fate.load`: from a model's name to a running transformers model inside a memory budget.
+
+Nothing here imports torch or transformers before it has to: what is read ahead of a load (`read_ahead`) is read while
+they are imported.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,37 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from fate.convert import convert, copied_files, transformers_config
 from fate.directories import cache_directory
 from fate.errors import OutputExistsError, StoreError, UsageError
-from fate.memory import MemoryPlan, format_bytes, parse_experts, parse_memory
-from fate.models.auto import auto_class
-from fate.profile import read_profile, write_profile
-from fate.profiling import SAMPLE_TEXT, measure
-from fate.runtime import quantizer as quantizer  # registers the store's format with transformers
-from fate.runtime.assembly import LoadOptions
-from fate.runtime.planning import DEFAULT_PREFILL_CHUNK
-from fate.runtime.session import FateModel
-from fate.store.checkpoint import resolve_source
-from fate.store.quantized import open_checkpoint
-from fate.store.reader import is_store, read_config
+from fate.memory import (
+    DEFAULT_PREFILL_CHUNK,
+    MIB,
+    MemoryPlan,
+    available_bytes,
+    default_budget,
+    format_bytes,
+    parse_experts,
+    parse_memory,
+)
+from fate.store.ahead import DenseWeights
+from fate.store.files import PACKED_FILE, is_store, read_config
 from fate.systems import EXACT, System, resolve_system
-from fate.transfer.memory import parse_link
+from fate.transfer.link import parse_link
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fate.runtime.assembly import LoadOptions
+    from fate.runtime.session import FateModel
 
 logger = logging.getLogger("fate")
 Progress = Callable[[int, int, str], None]
+IMPORTS_BYTES = 640 * MIB  # more than a process has resident that has imported all it needs and read nothing
 
 
 def load(
@@ -47,6 +57,7 @@ def load(
     trust_remote_code: bool = False,
     on_plan: Callable[[MemoryPlan, System], None] | None = None,
     on_convert: Progress | None = None,
+    dense: DenseWeights | None = None,
 ) -> FateModel:
     """Load a Mixture-of-Experts model so that its whole process stays within `memory`.
 
@@ -58,8 +69,8 @@ def load(
     prefill_chunk (tokens a forward) and logit_rows bound what the plan covers; beyond them a call raises
     EnvelopeError. link: serve the records from a copy in memory at this speed ("12GB/s") instead of from the disk, to
     see how another machine would fare (the copy is a row of the plan). trust_remote_code: run the code of a model that
-    brings its own. on_plan is called before anything is allocated;
-    by default the plan goes to standard error.
+    brings its own. on_plan is called before slots are allocated; by default the plan goes to standard error. dense:
+    what `read_ahead` has begun to read of this store; without it, load begins by itself.
 
     Returns the transformers model; `model.fate` has `stats()`, `plan` and `close()`, and `with` closes it.
     Raises a FateError: ModelNotFoundError, NotMoEError, UnsupportedModelError, CheckpointError, StoreError,
@@ -75,33 +86,62 @@ def load(
         if value is not None and value < least:
             raise UsageError(f"{name}={value} is not valid: give a whole number of at least {least}")
     wanted = resolve_system(system)
-    options = LoadOptions(
-        memory,
-        experts,
-        wanted,
-        max_context,
-        max_batch,
-        prefill_chunk,
-        logit_rows,
-        link,
-        on_plan or print_plan,
-    )
     store = ensure_store(model, on_convert, trust_remote_code)
-    stored = read_config(store)["quantization_config"]
-    config = transformers_config(store, trust_remote_code)
-    config.quantization_config = {**stored, "load_options": options}
-    loaded = cast(
-        FateModel,
-        auto_class(config).from_pretrained(store, config=config, dtype="auto", trust_remote_code=trust_remote_code),
-    )
+    if dense is not None and not dense.store.samefile(store):
+        raise UsageError(f"dense holds the weights of {dense.store}: give what was read ahead of {store}")
+    with read_ahead(store, memory) if dense is None else nullcontext(dense) as reading:
+        from fate.runtime.assembly import LoadOptions
+
+        options = LoadOptions(
+            memory,
+            experts,
+            wanted,
+            max_context,
+            max_batch,
+            prefill_chunk,
+            logit_rows,
+            link,
+            on_plan or print_plan,
+            reading,
+        )
+        loaded = _load(store, options, trust_remote_code)
     if loaded.fate.system != wanted:
         ensure_profile(loaded)
         loaded.fate.reconfigure(system=wanted, experts=experts, link=link)
     return loaded
 
 
+@contextmanager
+def read_ahead(model: str | os.PathLike[str], memory: str | int | None) -> Iterator[DenseWeights | None]:
+    """For the time before `load(..., dense=...)`, in which Python imports what it needs: a thread reads the packed
+    dense weights of `model`, if that is a store and `memory` surely holds them. At the end the thread is gone."""
+    store = Path(model).expanduser()
+    if not is_store(store):
+        yield None
+        return
+    with DenseWeights(store) as dense:
+        budget = min(default_budget() if memory is None else parse_memory(memory), available_bytes())
+        if (file := store / PACKED_FILE).is_file() and file.stat().st_size + IMPORTS_BYTES <= budget:
+            dense.start()
+        yield dense
+
+
+def _load(store: Path, options: LoadOptions, trust_remote_code: bool) -> FateModel:
+    from fate.conversion import transformers_config
+    from fate.models.auto import auto_class
+
+    stored = read_config(store)["quantization_config"]
+    config = transformers_config(store, trust_remote_code)
+    config.quantization_config = {**stored, "load_options": options}
+    loaded = auto_class(config).from_pretrained(store, config=config, dtype="auto", trust_remote_code=trust_remote_code)
+    return cast("FateModel", loaded)
+
+
 def ensure_profile(model: FateModel) -> None:
     """Give `model` the timing profile of its store, measured now (some seconds) unless there is one that holds."""
+    from fate.profile import read_profile, write_profile
+    from fate.profiling import SAMPLE_TEXT, measure
+
     store, header = model.fate.reader.path, model.fate.reader.header
     reading = read_profile(store, header)
     profile = reading.profile
@@ -119,6 +159,9 @@ def ensure_store(
     """The store of `model`: itself, or its checkpoint converted (once, with the default options) into the cache."""
     if is_store(path := Path(model).expanduser()):
         return path
+    from fate.conversion import convert
+    from fate.store.checkpoint import resolve_source
+
     source = resolve_source(os.fspath(model))
     name = Path(model).name  # a hub id's last part; the snapshot directory it resolves to is called by a hash
     store = cache_directory() / f"{name}-{_identity(source, trust_remote_code)[:12]}"
@@ -132,6 +175,9 @@ def ensure_store(
 
 def _identity(source: Path, trust_remote_code: bool) -> str:
     """What a cached store is known by: the checkpoint, and the tokenizer and other files kept beside it."""
+    from fate.conversion import copied_files
+    from fate.store.quantized import open_checkpoint
+
     with open_checkpoint(source) as checkpoint:
         digest = hashlib.sha256(checkpoint.fingerprint().encode())
         own_code = trust_remote_code and "auto_map" in checkpoint.config
@@ -144,9 +190,11 @@ def _identity(source: Path, trust_remote_code: bool) -> str:
 
 def load_tokenizer(store: Path) -> PreTrainedTokenizerBase:
     """The tokenizer kept in `store`; raises StoreError where there is none that transformers can load."""
+    from transformers import AutoTokenizer
+
     read_config(store)
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(store, trust_remote_code=False))
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(store, trust_remote_code=False))
     except Exception as error:  # tokenizers raises nothing narrower for a file it cannot read
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise StoreError(

@@ -26,6 +26,7 @@ for _power, _letter in enumerate("KMGT", start=1):
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 MIB = 1024**2
 GIB = 1024**3
+DEFAULT_PREFILL_CHUNK = 512  # tokens a forward
 RUNTIME_SLACK_BYTES = 32 * MIB  # the measured runtime row differs by some MiB from process to process
 
 

@@ -27,7 +27,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from fate.convert import DENSE_BITS, Progress, copied_files
+from fate.conversion import DENSE_BITS, Progress, copied_files
 from fate.errors import UnknownNameError, UsageError
 from fate.models.adapter import build_meta_model, find_moe_layers
 from fate.models.mapping import parameter_dtypes

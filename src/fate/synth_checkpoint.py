@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from fate.convert import Progress
+from fate.conversion import Progress
 from fate.errors import DiskFullError, OutputExistsError, UsageError
 from fate.memory import MIB, format_bytes
 from fate.models.adapter import build_meta_model

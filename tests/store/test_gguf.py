@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fate
-from fate.convert import convert
+from fate.conversion import convert
 from fate.errors import CheckpointError, UnsupportedModelError
 from fate.store.quantized.gguf import gguf_config
 from tiny import tiny_model

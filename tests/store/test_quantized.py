@@ -14,7 +14,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import fate
-from fate.convert import convert
+from fate.conversion import convert
 from fate.errors import UnsupportedModelError
 from fate.store.checkpoint import Checkpoint
 from fate.store.quantized import QuantizedCheckpoint, open_checkpoint

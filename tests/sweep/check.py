@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 import fate
-from fate.convert import convert
+from fate.conversion import convert
 from fate.kernels import ExpertActivation
 from fate.models.activation import recognise
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers

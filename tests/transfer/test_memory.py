@@ -17,7 +17,8 @@ from fate.core import ExpertKey
 from fate.errors import ChecksumError, LinkMemoryError, LinkSpeedError
 from fate.store.reader import EXPERTS_FILE, StoreReader
 from fate.transfer import memory
-from fate.transfer.memory import HANDOFF_S, MAX_LATE_S, Link, MemoryRecords, PacedMemorySource, parse_link
+from fate.transfer.link import HANDOFF_S, MAX_LATE_S, Link, parse_link
+from fate.transfer.memory import MemoryRecords, PacedMemorySource
 from fate.transfer.scheduler import Progress
 from tiny import tiny_store
 

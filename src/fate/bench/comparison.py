@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fate.bench.prompts import Request
 from fate.errors import UsageError
 from fate.memory import parse_experts
 from fate.systems import resolve_system
-from fate.transfer.memory import parse_link
+from fate.transfer.link import parse_link
+
+if TYPE_CHECKING:
+    from fate.bench.prompts import Request
 
 DISK = "disk"
 SYSTEMS = "load-on-demand-uncached,load-on-demand,eap,cross-layer,fate-published,fate,fate-hybrid"

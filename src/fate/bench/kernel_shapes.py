@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fate.convert import transformers_config
+from fate.conversion import transformers_config
 from fate.errors import UnknownNameError
 from fate.store.format import MatrixSpec, RecordLayout
 from fate.store.reader import StoreReader, read_config

@@ -23,7 +23,7 @@ from fate.runtime.session import FateModel
 from fate.store.format import StoreHeader
 from fate.store.reader import StoreReader
 from fate.systems import resolve_system
-from fate.transfer.memory import parse_link
+from fate.transfer.link import parse_link
 
 _WITHOUT_GUESSES = "load-on-demand"
 

@@ -8,10 +8,10 @@ import gc
 import importlib
 import io
 import logging
+import os
 import sys
 
 import typer
-from transformers.utils import logging as hf_logging
 
 from fate.cli.output import print_error
 from fate.errors import FateError
@@ -52,8 +52,7 @@ def build_app() -> typer.Typer:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `fate` script; exits with 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()  # ours are enough
+    _prepare_transformers()
     atexit.register(gc.freeze)  # collecting torch's and transformers' objects one last time would take a second
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -66,6 +65,23 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:  # what no layer below foresaw: the machine's failure, not a bug to be traced
         print_error(_describe(error))
         sys.exit(1)
+
+
+def _prepare_transformers() -> None:
+    """Quiet, and as quick to import as may be, once a command knows its arguments to be right and imports it."""
+    if "transformers" in sys.modules:  # `main` called by a program, which has its own ways with it
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are enough
+    # transformers imports hqq where it is installed, for quantized KV caches, which no command makes; and hqq imports
+    # torch's compiler, a second or more. None says that there is no such module.
+    sys.modules.setdefault("hqq", None)  # type: ignore[arg-type]
+    # Looking for garbage at every 700 new objects takes much of the time of these imports, and finds nothing.
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _describe(error: OSError) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 from fate.cli import options
 from fate.cli.output import byte_progress, err, print_error, print_plan, print_table, print_words
 from fate.errors import UsageError
+from fate.loading import ensure_store, load, load_tokenizer, read_ahead
 from fate.memory import MemoryPlan, format_bytes
 from fate.systems import EXACT, System
 
@@ -53,24 +54,25 @@ def chat(
     options.check_text("the system prompt", system_prompt or "")
     options.check_sampling(temperature, top_p, repetition_penalty)
     options.check_limits(memory, experts, system)
-    import torch
+    with read_ahead(model, memory) as dense:
+        import torch
 
-    from fate.cli.conversation import Conversation, Prompts
-    from fate.cli.generation import Sampling
-    from fate.loading import ensure_store, load, load_tokenizer
+        from fate.cli.conversation import Conversation, Prompts
+        from fate.cli.generation import Sampling
 
-    with byte_progress() as bar:
-        store = ensure_store(model, bar, trust_remote_code)
-    prompts = Prompts(load_tokenizer(store), system_prompt)
+        with byte_progress() as bar:
+            store = ensure_store(model, bar, trust_remote_code)
+        prompts = Prompts(load_tokenizer(store), system_prompt)
 
-    def on_plan(plan: MemoryPlan, chosen: System) -> None:
-        prompts.check_fits(plan.envelope.max_context, max_new_tokens)
-        if not quiet:
-            print_plan(plan, chosen)
+        def on_plan(plan: MemoryPlan, chosen: System) -> None:
+            prompts.check_fits(plan.envelope.max_context, max_new_tokens)
+            if not quiet:
+                print_plan(plan, chosen)
 
-    limits: dict[str, Any] = {"memory": memory, "experts": experts, "max_context": max_context}
-    limits["trust_remote_code"] = trust_remote_code
-    with load(store, system=system, on_plan=on_plan, **limits) as loaded:
+        limits: dict[str, Any] = {"memory": memory, "experts": experts, "max_context": max_context}
+        limits["trust_remote_code"] = trust_remote_code
+        loaded = load(store, system=system, on_plan=on_plan, dense=dense, **limits)
+    with loaded:
         if seed is not None:
             torch.manual_seed(seed)
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)

@@ -10,6 +10,7 @@ import typer
 from fate.cli import options
 from fate.cli.output import byte_progress, err, print_json, print_plan, print_words
 from fate.errors import EmptyPromptError
+from fate.loading import ensure_store, load, load_tokenizer, read_ahead
 from fate.memory import MemoryPlan
 from fate.systems import EXACT, System
 
@@ -45,27 +46,28 @@ def run(
     options.check_text("the prompt", prompt)
     options.check_sampling(temperature, top_p, repetition_penalty)
     options.check_limits(memory, experts, system)
-    import torch
+    with read_ahead(model, memory) as dense:
+        import torch
 
-    from fate.cli.explanation import print_explanation
-    from fate.cli.generation import Sampling, TimedStreamer, generate, report, summary
-    from fate.explanation import observe
-    from fate.loading import ensure_store, load, load_tokenizer
-    from fate.runtime.generation import check_envelope
+        from fate.cli.explanation import print_explanation
+        from fate.cli.generation import Sampling, TimedStreamer, generate, report, summary
+        from fate.explanation import observe
+        from fate.runtime.generation import check_envelope
 
-    with byte_progress() as bar:
-        store = ensure_store(model, bar, trust_remote_code)
-    tokenizer = load_tokenizer(store)
-    ids = _encode(tokenizer, prompt, chat)
+        with byte_progress() as bar:
+            store = ensure_store(model, bar, trust_remote_code)
+        tokenizer = load_tokenizer(store)
+        ids = _encode(tokenizer, prompt, chat)
 
-    def on_plan(plan: MemoryPlan, chosen: System) -> None:
-        check_envelope(plan.envelope, batch=1, tokens=1, context=ids.shape[1] + max_new_tokens)
-        if not quiet:
-            print_plan(plan, chosen)
+        def on_plan(plan: MemoryPlan, chosen: System) -> None:
+            check_envelope(plan.envelope, batch=1, tokens=1, context=ids.shape[1] + max_new_tokens)
+            if not quiet:
+                print_plan(plan, chosen)
 
-    limits: dict[str, Any] = {"memory": memory, "experts": experts, "max_context": max_context}
-    limits["trust_remote_code"] = trust_remote_code
-    with load(store, system=system, on_plan=on_plan, **limits) as loaded:
+        limits: dict[str, Any] = {"memory": memory, "experts": experts, "max_context": max_context}
+        limits["trust_remote_code"] = trust_remote_code
+        loaded = load(store, system=system, on_plan=on_plan, dense=dense, **limits)
+    with loaded:
         if seed is not None:
             torch.manual_seed(seed)
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty)

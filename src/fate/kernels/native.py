@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import platform
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ _MAX_RECORDS = 4096
 
 _extension: Any = _cpu
 _records: dict[int, tuple[RecordLayout, Any]] = {}
+atexit.register(_records.clear)  # the extension complains of what outlives it
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fate.cache import ALLOCATIONS, POLICIES, ExpertCache, SlotRequest
 from fate.errors import ProfileMissingError
 from fate.kernels import native
 from fate.memory import (
+    DEFAULT_PREFILL_CHUNK,
     MemoryPlan,
     available_bytes,
     check_available,
@@ -35,10 +36,12 @@ from fate.runtime.manager import ExpertManager
 from fate.runtime.session import Session, attach
 from fate.runtime.slots import SlotPool
 from fate.runtime.switch import PrefetchSwitch
+from fate.store.ahead import DenseWeights
 from fate.store.reader import StoreReader
 from fate.systems import EXACT, System, resolve_system
 from fate.transfer.disk import DiskSource
-from fate.transfer.memory import Link, MemoryRecords, PacedMemorySource, parse_link
+from fate.transfer.link import Link, parse_link
+from fate.transfer.memory import MemoryRecords, PacedMemorySource
 from fate.transfer.scheduler import Source, Transfer, TransferScheduler
 
 logger = logging.getLogger("fate")
@@ -50,17 +53,19 @@ GUESS_SHARE = 12  # and at most one slot in so many
 class LoadOptions:
     """What `fate.load` takes. memory: size, None: what is free less a margin. experts: at most this share ("25%",
     0.25) or number of experts in memory. link: serve the records from a copy in memory at this speed ("12GB/s", bytes
-    per second) instead of from the disk. on_plan: called with (plan, system) before anything is allocated."""
+    per second) instead of from the disk. on_plan: called with (plan, system) before slots are allocated. dense: what
+    is read ahead of the store's dense weights."""
 
     memory: str | int | None = None
     experts: str | int | float | None = None
     system: str | System = EXACT
     max_context: int | None = None
     max_batch: int = 1
-    prefill_chunk: int = planning.DEFAULT_PREFILL_CHUNK
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
     logit_rows: int | None = None
     link: str | float | None = None
     on_plan: Callable[[MemoryPlan, System], None] | None = None
+    dense: DenseWeights | None = None
 
 
 class Assembly:
@@ -164,10 +169,11 @@ def _announce(notes: list[str], note: str) -> None:
 
 
 def assemble(
-    model: PreTrainedModel, layers: list[MoELayer], reader: StoreReader, options: LoadOptions
+    model: PreTrainedModel, layers: list[MoELayer], reader: StoreReader, options: LoadOptions, dense_resident: int
 ) -> Callable[[PreTrainedModel], None]:
     """Resolve the options against `model` (on the meta device); the result starts its engine once dense weights are in.
 
+    dense_resident: bytes of them that are in already, so that the plan does not count them twice.
     Raises BudgetTooSmallError and other usage errors.
     """
     link = parse_link(options.link) if options.link is not None else None
@@ -176,6 +182,7 @@ def assemble(
         model, options.max_context, options.max_batch, options.prefill_chunk, options.logit_rows
     )
     needs = planning.measure_needs(model, reader.header, planning.dense_bytes(reader.path), envelope)
+    needs = replace(needs, runtime=needs.runtime - dense_resident)
     if link is not None:
         needs = replace(needs, records=reader.header.file_bytes)
     budget = default_budget() if options.memory is None else parse_memory(options.memory)

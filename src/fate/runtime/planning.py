@@ -17,7 +17,6 @@ from fate.store.format import StoreHeader
 from fate.store.reader import DENSE_FILE, PACKED_FILE
 
 DEFAULT_MAX_CONTEXT = 2048
-DEFAULT_PREFILL_CHUNK = 512
 LAYER_FLOOR = 1  # cached experts every layer keeps, whatever the budget
 DEFAULT_LOGIT_BYTES = 64 * MIB
 # Beyond what is resident when the plan is made: allocator slack, thread stacks, modules that generation imports.

@@ -24,7 +24,7 @@ from fate.runtime.kv_cache import planned_cache
 from fate.store.reader import StoreReader
 from fate.systems import System, resolve_system
 from fate.trace import Recorder, Timeline, TraceMeta
-from fate.transfer.memory import parse_link
+from fate.transfer.link import parse_link
 
 if TYPE_CHECKING:
     from fate.runtime.assembly import Assembly

@@ -10,12 +10,10 @@ import ctypes
 import errno
 import json
 import logging
-import mmap
 import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -25,32 +23,36 @@ from fate.core import ExpertKey
 from fate.errors import ChecksumError, StoreError, StoreMismatchError
 from fate.kernels import native
 from fate.store import format as fmt
+from fate.store.files import (
+    CHECKSUMS_FILE,
+    DENSE_FILE,
+    EXPERTS_FILE,
+    HEADER_KEY,
+    PACKED_FILE,
+    check_tensor,
+    is_store,
+    open_direct,
+    read_checksums,
+    read_config,
+)
 from fate.transfer.scheduler import Progress
 
 logger = logging.getLogger("fate.store")
 
-EXPERTS_FILE = "experts.fate"
-DENSE_FILE = "dense.safetensors"
-PACKED_FILE = "packed.safetensors"
-CHECKSUMS_FILE = "checksums.json"
-HEADER_KEY = "__header__"  # in a file's checksums: its length field and header
+__all__ = [
+    "CHECKSUMS_FILE",
+    "DENSE_FILE",
+    "EXPERTS_FILE",
+    "HEADER_KEY",
+    "PACKED_FILE",
+    "StoreReader",
+    "checksum_of",
+    "is_store",
+    "iter_packed",
+    "read_config",
+]
+
 _CHUNK_BYTES = 4 << 20
-
-
-def is_store(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a directory laid out as a store (its content may still be damaged)."""
-    return (Path(path) / EXPERTS_FILE).is_file()
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The store's config.json; raises StoreError where it is missing or does not belong to a store."""
-    try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path / 'config.json'} cannot be read ({error}): convert the checkpoint again") from None
-    if config.get("quantization_config", {}).get("quant_method") != "fate":
-        raise StoreError(f"{path / 'config.json'} is not a Fate store's: convert the checkpoint again")
-    return config
 
 
 class StoreReader:
@@ -160,26 +162,11 @@ def _read_header(file: Path) -> tuple[fmt.StoreHeader, bytes]:
 
 
 def _open_direct(file: Path) -> int:
-    """A file descriptor that bypasses the page cache where the file system allows it."""
-    direct = getattr(os, "O_DIRECT", 0)
-    if direct:
-        fd = -1
-        try:
-            fd = os.open(file, os.O_RDONLY | direct)
-            _probe_direct(fd)
-            return fd
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise StoreError(f"{file} cannot be opened: {error.strerror}") from None
-    logger.warning("%s: this file system refuses O_DIRECT; reads go through the page cache", file)
-    return os.open(file, os.O_RDONLY)
-
-
-def _probe_direct(fd: int) -> None:
-    with mmap.mmap(-1, fmt.PAGE_BYTES) as page, memoryview(page) as view:
-        os.preadv(fd, [view], 0)
+    """A file descriptor that bypasses the page cache, or a warning that none can be had."""
+    fd, direct = open_direct(file)
+    if not direct:
+        logger.warning("%s: this file system refuses O_DIRECT; reads go through the page cache", file)
+    return fd
 
 
 def checksum_of(fd: int, start: int, length: int) -> int:
@@ -190,30 +177,17 @@ def checksum_of(fd: int, start: int, length: int) -> int:
     return digest.intdigest()
 
 
-def _read_checksums(path: Path, name: str) -> dict[str, str]:
-    try:
-        table: dict[str, str] = json.loads((path / CHECKSUMS_FILE).read_text())[name]
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{path / CHECKSUMS_FILE} cannot be read ({error}): convert the checkpoint again") from None
-    return table
-
-
-def _check_tensor(path: Path, name: str, expected: str | None, got: int) -> None:
-    if expected != f"{got:016x}":
-        raise ChecksumError(f"{path}: {name} is damaged (checksum differs): convert the checkpoint again")
-
-
 def _verify_dense(path: Path) -> None:
     """What transformers will load itself, checked before it does."""
-    file, expected = path / DENSE_FILE, _read_checksums(path, DENSE_FILE)
+    file, expected = path / DENSE_FILE, read_checksums(path, DENSE_FILE)
     with open(file, "rb") as f:
         header_bytes = 8 + int.from_bytes(f.read(8), "little")
         table = json.loads(f.read(header_bytes - 8))
-        _check_tensor(file, HEADER_KEY, expected.get(HEADER_KEY), checksum_of(f.fileno(), 0, header_bytes))
+        check_tensor(file, HEADER_KEY, expected.get(HEADER_KEY), checksum_of(f.fileno(), 0, header_bytes))
         for name in table.keys() - {"__metadata__"}:
             start, end = table[name]["data_offsets"]
             got = checksum_of(f.fileno(), header_bytes + start, end - start)
-            _check_tensor(file, name, expected.get(name), got)
+            check_tensor(file, name, expected.get(name), got)
 
 
 def iter_packed(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -221,11 +195,11 @@ def iter_packed(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     file = path / PACKED_FILE
     if not file.is_file():  # nothing is packed: opening the reader has checked that
         return
-    expected = _read_checksums(path, PACKED_FILE)
+    expected = read_checksums(path, PACKED_FILE)
     with safe_open(file, framework="pt", backend="pread") as f:
         for name in f.keys():  # noqa: SIM118 - not a mapping
             packed = f.get_tensor(name)
-            _check_tensor(file, name, expected.get(name), xxhash.xxh64_intdigest(packed.numpy()))
+            check_tensor(file, name, expected.get(name), xxhash.xxh64_intdigest(packed.numpy()))
             yield name, packed
             _drop_page_cache(file)
 

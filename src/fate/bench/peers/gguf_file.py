@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 from fate.bench.peers.q4 import BLOCK, BLOCK_BYTES, blocks
-from fate.convert import Progress, transformers_config
+from fate.conversion import Progress, transformers_config
 from fate.core import ExpertKey
 from fate.errors import UsageError
 from fate.store.plan import packed_layout

@@ -1,0 +1,138 @@
+"""A store's packed dense weights, read into place by a thread, while Python imports what will compute with them.
+
+They go into one anonymous mapping, past the page cache where the file system allows it, and each is checked against
+its checksum as soon as it is there. Without torch: this runs before it is imported.
+
+>>> with DenseWeights(Path("qwen.fate")) as dense:
+...     dense.start()
+...     import torch
+...     for name, packed in dense.matrices():  # waits for the thread; raises what it met
+...         ...
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from fate.errors import StoreError
+from fate.store.files import PACKED_FILE, check_tensor, open_direct, read_checksums
+from fate.store.format import PAGE_BYTES, align_up
+
+CHUNK_BYTES = 32 << 20  # a thread that wants the interpreter back while others import waits milliseconds each time
+
+
+class DenseWeights:
+    """`start` reads in a thread, `matrices` gives what was read; `close` stops and joins the thread, what was given
+    stays.
+
+    Errors (ChecksumError, StoreError, OSError) come from `matrices`, in the thread that asks for them.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self._places: dict[str, tuple[int, int]] = {}
+        self._memory: mmap.mmap | None = None
+        self._error: BaseException | None = None
+        self._stop = False
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> DenseWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: object) -> DenseWeights:
+        """transformers copies configurations, and the options of a load are in one."""
+        return self
+
+    def start(self) -> None:
+        """Begin to read, if that has not begun."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="fate-dense-weights", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> int:
+        """Until what was started has read everything, or has failed; the bytes resident because of it."""
+        if self._thread is not None:
+            self._thread.join()
+        return len(self._memory) if self._memory is not None else 0
+
+    def matrices(self) -> Iterator[tuple[str, memoryview]]:
+        """(name, writable bytes) of every matrix, all checked; empty for a store that has none packed."""
+        self.start()
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        if self._memory is not None:
+            view = memoryview(self._memory)
+            for name, (start, end) in self._places.items():
+                yield name, view[start:end]
+
+    def close(self) -> None:
+        """Stop reading (at the end of a chunk) and forget the weights; their memory goes with the last view of it."""
+        self._stop = True
+        self.wait()
+        self._memory = None
+
+    def _run(self) -> None:
+        try:
+            if (file := self.store / PACKED_FILE).is_file():
+                self._read(file)
+        except BaseException as error:  # whatever it is, who asks for the weights must get it
+            self._error = error
+
+    def _read(self, file: Path) -> None:
+        expected = read_checksums(self.store, PACKED_FILE)
+        fd, direct = open_direct(file)
+        try:
+            first, tensors = _read_header(file)
+            size = max((end for _, _, end in tensors), default=0)
+            if first + size > os.fstat(fd).st_size:
+                raise StoreError(f"{file} is cut short: convert the checkpoint again")
+            memory = self._memory = mmap.mmap(-1, max(align_up(size, PAGE_BYTES), PAGE_BYTES))
+            with memoryview(memory) as view:
+                waiting, done = iter(tensors), 0
+                tensor = next(waiting, None)
+                while tensor is not None and not self._stop:
+                    got = os.preadv(fd, [view[done : done + CHUNK_BYTES]], first + done)
+                    done += got
+                    if got == 0 or (done < size and got % PAGE_BYTES):  # only the file's end cuts a page
+                        raise StoreError(f"{file} is cut short: convert the checkpoint again")
+                    while tensor is not None and tensor[2] <= done:
+                        name, start, end = tensor
+                        with view[start:end] as packed:
+                            check_tensor(file, name, expected.get(name), xxhash.xxh64_intdigest(packed))
+                        self._places[name] = (start, end)
+                        tensor = next(waiting, None)
+        finally:
+            if not direct and hasattr(os, "posix_fadvise"):
+                with suppress(OSError):
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # the plan knows one copy
+            os.close(fd)
+
+
+def _read_header(file: Path) -> tuple[int, list[tuple[str, int, int]]]:
+    """Where data begins, and (name, start, end) of every tensor from there on, in the file's order."""
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = f.read(min(length, file.stat().st_size))
+    try:
+        table = json.loads(header)
+        spans = [(name, *entry["data_offsets"]) for name, entry in table.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StoreError(f"{file} has no readable header: convert the checkpoint again") from None
+    if (8 + length) % PAGE_BYTES:  # the writer pads it
+        raise StoreError(f"{file} does not begin its data on a page: convert the checkpoint again")
+    return 8 + length, sorted(spans, key=lambda span: span[2])

@@ -193,7 +193,7 @@ class AnyUse(RuleBasedStateMachine):
             self.policy.on_hit(expert)
             return
         self.policy.on_miss(expert)
-        if len(self.cached) == self.capacity:
+        if len(self.cached) == self.policy.capacity:
             victim = self.policy.victim(pinned)
             assert victim == self.policy.victim(pinned), "asking changes nothing"
             if victim is None:
@@ -216,6 +216,14 @@ class AnyUse(RuleBasedStateMachine):
     def begin_request(self):
         self.policy.begin_request()
 
+    @rule(capacity=st.integers(0, 5))
+    def resize(self, capacity):
+        while len(self.cached) > capacity:
+            victim = self.policy.victim(())
+            self.policy.on_evict(victim)
+            self.cached.remove(victim)
+        self.policy.resize(capacity)
+
     @invariant()
     def everything_cached_can_be_evicted(self):
         assert (self.policy.victim(()) is not None) == bool(self.cached)
@@ -226,8 +234,10 @@ class AnyUse(RuleBasedStateMachine):
     def ghosts_are_bounded(self):
         if self.name == "arc":
             sizes = [len(order) for order in (self.policy._t1, self.policy._t2, self.policy._b1, self.policy._b2)]
-            assert sizes[0] + sizes[2] <= self.capacity
-            assert sum(sizes) <= 2 * self.capacity
+            capacity = self.policy.capacity
+            assert sizes[0] + sizes[2] <= capacity
+            assert sum(sizes) <= 2 * capacity
+            assert self.policy._p <= capacity
             assert {*self.policy._t1, *self.policy._t2} == self.cached
 
 

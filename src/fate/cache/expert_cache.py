@@ -122,6 +122,25 @@ class ExpertCache(Generic[T]):
     def free_slot(self, slot: int) -> None:
         self._free.append(slot)
 
+    def resize(self, capacities: Sequence[int], transient: int) -> bool:
+        """Divide the same slots otherwise, evicting what a layer may no longer cache.
+
+        False, and nothing changes, while leases or reads hold what would have to go, or more experts are staged than
+        may be then.
+        """
+        if sum(capacities) + transient != self.num_slots:
+            raise ValueError(f"{sum(capacities)} cached and {transient} transient experts are not {self.num_slots}")
+        surplus = [max(cached - capacity, 0) for cached, capacity in zip(self._cached, capacities, strict=True)]
+        if len(self._staged) > transient or any(
+            self._num_movable(layer) < count for layer, count in enumerate(surplus) if count
+        ):
+            return False
+        self.capacities, self.transient = tuple(capacities), transient
+        for layer, count in enumerate(surplus):
+            self._free += [slot for _ in range(count) if (slot := self._evict(layer)) is not None]
+            self._policies[layer].resize(capacities[layer])
+        return True
+
     def staged(self) -> list[Entry[T]]:
         """Entries of the transient region, oldest first."""
         return list(self._staged.values())
@@ -153,6 +172,10 @@ class ExpertCache(Generic[T]):
         """A slot for one more cached expert of `layer`."""
         if self._cached[layer] < self.capacities[layer] and self._free:
             return self._free.pop()
+        return self._evict(layer)
+
+    def _evict(self, layer: int) -> int | None:
+        """The slot of the expert that `layer` does best without; None when it must keep all it caches."""
         victim = self._policies[layer].victim(_Unmovable(self, layer))
         if victim is None:
             return None
@@ -160,6 +183,11 @@ class ExpertCache(Generic[T]):
         self.drop(entry, keep_slot=True)
         self.evictions += 1
         return entry.slot
+
+    def _num_movable(self, layer: int) -> int:
+        unmovable = _Unmovable(self, layer)
+        cached = (key for key, entry in self._entries.items() if key.layer == layer and not entry.staged)
+        return sum(key.expert not in unmovable for key in cached)
 
 
 class _Unmovable(Generic[T]):

@@ -210,6 +210,13 @@ class ExpertManager:
             if entry.key.layer == routing.layer and entry.key.expert not in routing.pairs_per_expert:
                 self.drop_staged(entry)
 
+    def drop_guesses(self) -> None:
+        """No guess is read, staged or wished for any longer."""
+        self._forget_guesses()
+        for entry in self.cache.staged():
+            if entry.prefetched and entry.key not in self.cache.pinned:
+                self.drop_staged(entry)
+
     def _forget_guesses(self) -> None:
         self._named.clear()
         self._ranking.clear()

@@ -40,7 +40,7 @@ class Entry(Generic[T]):
     """One resident (or arriving) expert.
 
     staged: in the transient region. precision: what the slot holds (None: nothing yet). transfer: the read under way.
-    prefetched: read before it was asked for; confidence: of that guess.
+    prefetched: read before it was asked for; confidence: of that guess. early: demanded ahead of the access.
     """
 
     key: ExpertKey
@@ -50,6 +50,7 @@ class Entry(Generic[T]):
     transfer: T | None = None
     prefetched: bool = False
     confidence: float = 0.0
+    early: bool = False
 
 
 class ExpertCache(Generic[T]):

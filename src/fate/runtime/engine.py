@@ -16,7 +16,8 @@ from fate.systems import System
 
 @dataclass(eq=False)
 class Engine:
-    """room: what the layers' caches get while guesses are given up; None where nothing is given up. notes: what it decided by measurement, in one line each."""
+    """room: what the layers' caches get while guesses are given up (None: they never are). notes: what it decided by
+    measurement, in one line each."""
 
     system: System
     plan: MemoryPlan

@@ -118,17 +118,30 @@ class ExpertManager:
         lease.open()
         return lease
 
-    def still_open(self, lease: Lease) -> bool:
-        """Whether a lease that was opened some time ago holds what it held; raises ClosedError."""
-        if self._closed:
-            raise ClosedError()
-        return self.lease is lease
-
     def end(self, lease: Lease) -> None:
-        """The lease ended well, or is given up: what it demanded lands in the cache all the same."""
+        """The lease ended well."""
         if self.lease is lease:
             self.cache.pinned.clear()
             self.lease = None
+
+    def demand_early(self, routing: Routing) -> None:
+        """What a lease on `routing` will probably ask for soon: read what is missing, as far as the transient region
+        has room. Nothing is accessed by that: the cache and the counters wait for the lease."""
+        if self.lease is not None:
+            return  # it did not end well: the next one starts from an empty cache
+        self.expire(routing)
+        found = [self.cache.lookup(ExpertKey(routing.layer, expert)) for expert in routing.experts]
+        missing = [expert for expert, entry in zip(routing.experts, found, strict=True) if entry is None]
+        wanted = self.precision.choose(routing, missing)
+        for expert, entry in zip(routing.experts, found, strict=True):
+            if entry is not None:
+                if entry.transfer is not None:
+                    self.scheduler.upgrade(entry.transfer)
+            elif (entry := self.stage_for_demand(ExpertKey(routing.layer, expert), early=True)) is not None:
+                entry.early, entry.confidence = True, 1.0
+                self.demand(entry, wanted[expert])
+            else:
+                return
 
     def guess(self, predictions: Iterable[Prediction]) -> None:
         """Take a predictor's word on layers to come, instead of its earlier one, and stage what there is room for."""
@@ -248,14 +261,15 @@ class ExpertManager:
             self.cache.drop(entry, keep_slot=True)
             self._draining.append((entry.transfer, entry.slot))
 
-    def stage_for_demand(self, key: ExpertKey) -> Slot | None:
-        """A transient slot for an expert that is needed now; guesses give way. None: all hold needed experts."""
+    def stage_for_demand(self, key: ExpertKey, *, early: bool = False) -> Slot | None:
+        """A transient slot for an expert that is needed now; guesses give way, and unless it is `early` too, what was
+        demanded early. None: all hold needed experts."""
         self.reap()
         entry = self.cache.stage(key)
         if entry is not None:
             return entry
         for guess in sorted(self.cache.staged(), key=lambda staged: staged.confidence):
-            if guess.key not in self.cache.pinned:
+            if guess.key not in self.cache.pinned and not (early and guess.early):
                 self.drop_staged(guess)
                 if (entry := self.cache.stage(key)) is not None:
                     return entry

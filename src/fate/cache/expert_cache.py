@@ -17,7 +17,7 @@ Owns no bytes, no threads, no clock; every call is made under the owner's lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -71,7 +71,7 @@ class ExpertCache(Generic[T]):
         """Forget everything: all slots free, all policies new."""
         self.pinned.clear()
         self._policies = [self._policy(capacity) for capacity in self.capacities]
-        self._cached = [0] * len(self.capacities)
+        self._cached: list[dict[int, Entry[T]]] = [{} for _ in self.capacities]  # of each layer, by expert
         self._staged: dict[ExpertKey, Entry[T]] = {}
         self._entries: dict[ExpertKey, Entry[T]] = {}
         self._free = list(range(self.num_slots - 1, -1, -1))  # popped from the end: slot 0 first
@@ -115,7 +115,7 @@ class ExpertCache(Generic[T]):
         if entry.staged:
             del self._staged[entry.key]
         else:
-            self._cached[entry.key.layer] -= 1
+            del self._cached[entry.key.layer][entry.key.expert]
             self._policies[entry.key.layer].on_evict(entry.key.expert)
         if not keep_slot:
             self._free.append(entry.slot)
@@ -131,7 +131,7 @@ class ExpertCache(Generic[T]):
         """
         if sum(capacities) + transient != self.num_slots:
             raise ValueError(f"{sum(capacities)} cached and {transient} transient experts are not {self.num_slots}")
-        surplus = [max(cached - capacity, 0) for cached, capacity in zip(self._cached, capacities, strict=True)]
+        surplus = [max(len(cached) - capacity, 0) for cached, capacity in zip(self._cached, capacities, strict=True)]
         if len(self._staged) > transient or any(
             self._num_movable(layer) < count for layer, count in enumerate(surplus) if count
         ):
@@ -152,7 +152,11 @@ class ExpertCache(Generic[T]):
             policy.begin_request()
 
     def num_cached(self, layer: int) -> int:
-        """Experts `layer` caches, landed or not; staged ones are not among them."""
+        """How many experts `layer` caches, landed or not; staged ones are not among them."""
+        return len(self._cached[layer])
+
+    def cached(self, layer: int) -> Container[int]:
+        """Those experts."""
         return self._cached[layer]
 
     def _enter(self, entry: Entry[T]) -> Entry[T]:
@@ -166,40 +170,39 @@ class ExpertCache(Generic[T]):
         return entry
 
     def _count_cached(self, entry: Entry[T]) -> None:
-        self._cached[entry.key.layer] += 1
+        self._cached[entry.key.layer][entry.key.expert] = entry
         self._policies[entry.key.layer].on_insert(entry.key.expert)
 
     def _make_room(self, layer: int) -> int | None:
         """A slot for one more cached expert of `layer`."""
-        if self._cached[layer] < self.capacities[layer] and self._free:
+        if len(self._cached[layer]) < self.capacities[layer] and self._free:
             return self._free.pop()
         return self._evict(layer)
 
     def _evict(self, layer: int) -> int | None:
         """The slot of the expert that `layer` does best without; None when it must keep all it caches."""
-        victim = self._policies[layer].victim(_Unmovable(self, layer))
+        victim = self._policies[layer].victim(_Unmovable(self._cached[layer], self.pinned))
         if victim is None:
             return None
-        entry = self._entries[ExpertKey(layer, victim)]
+        entry = self._cached[layer][victim]
         self.drop(entry, keep_slot=True)
         self.evictions += 1
         return entry.slot
 
     def _num_movable(self, layer: int) -> int:
-        unmovable = _Unmovable(self, layer)
-        cached = (key for key, entry in self._entries.items() if key.layer == layer and not entry.staged)
-        return sum(key.expert not in unmovable for key in cached)
+        cached = self._cached[layer]
+        unmovable = _Unmovable(cached, self.pinned)
+        return sum(expert not in unmovable for expert in cached)
 
 
 class _Unmovable(Generic[T]):
     """`expert in unmovable`: a lease holds it, or a read still writes to its slot."""
 
-    def __init__(self, cache: ExpertCache[T], layer: int) -> None:
-        self._cache = cache
-        self._layer = layer
+    def __init__(self, cached: Mapping[int, Entry[T]], pinned: Container[ExpertKey]) -> None:
+        self._cached = cached
+        self._pinned = pinned
 
     def __contains__(self, expert: object) -> bool:
         assert isinstance(expert, int)
-        key = ExpertKey(self._layer, expert)
-        transfer = self._cache._entries[key].transfer
-        return key in self._cache.pinned or (transfer is not None and not transfer.finished)
+        entry = self._cached[expert]
+        return (entry.transfer is not None and not entry.transfer.finished) or entry.key in self._pinned

@@ -38,8 +38,8 @@ class LRFU(EvictionPolicy):
         self._cached.remove(expert)
 
     def victim(self, pinned: Container[int]) -> int | None:
-        movable = (expert for expert in self._cached if expert not in pinned)
-        return min(movable, key=self._scores.__getitem__, default=None)
+        ascending = sorted(self._cached, key=self._scores.__getitem__)
+        return next((expert for expert in ascending if expert not in pinned), None)
 
     def _count(self, expert: int) -> None:
         """Of an expert that was evicted the count stays: it fades all the same."""

@@ -93,8 +93,7 @@ class ExpertManager:
 
     def cached(self, layer: int, expert: int) -> bool:
         """Whether the layer's cache has the expert, landed or not; what is only staged as a guess is not in it."""
-        entry = self.cache.lookup(ExpertKey(layer, expert))
-        return entry is not None and not entry.staged
+        return expert in self.cache.cached(layer)
 
     def close(self) -> None:
         """Stop the transfers once no lease is in use; later leases raise ClosedError."""

@@ -69,7 +69,7 @@ class SlotTable(RuleBasedStateMachine):
             for layer, capacity in enumerate(division[0])
         )
         assert done == possible
-        assert (self.cache.capacities, self.cache.transient) == division or not done and before == self.held
+        assert (self.cache.capacities, self.cache.transient) == division or (not done and before == self.held)
 
     @rule()
     def start_again(self):

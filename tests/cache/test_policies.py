@@ -103,6 +103,19 @@ def test_lrfu_fades_by_half_in_two_capacities():
     assert policy.victim(()) == 2
 
 
+def test_lrfu_lets_a_new_request_outweigh_the_one_before():
+    policy = POLICIES.get("lrfu")(2)
+    for expert in (1, 2):
+        policy.on_insert(expert)
+    for _ in range(3):
+        policy.on_hit(1)
+    policy.on_hit(2)
+    assert policy.victim(()) == 2
+    policy.begin_request()
+    policy.on_hit(2)
+    assert policy.victim(()) == 1
+
+
 def test_lrfu_is_the_papers_sum():
     """Its combined recency and frequency: the sum over accesses of 2 ** (-age / half-life)."""
     policy, trace = POLICIES.get("lrfu")(3), zipf_trace(300, experts=8)

@@ -15,6 +15,9 @@ from fate.cache.base import POLICIES, EvictionPolicy
 # are within half a point of hits of each other.
 HALF_LIFE = 2
 
+# What a new request makes of the counts of those before it, in half-lives: its prompt then outweighs most of them.
+REQUEST_FADES = 4
+
 
 @POLICIES.register("lrfu")
 class LRFU(EvictionPolicy):
@@ -36,6 +39,9 @@ class LRFU(EvictionPolicy):
 
     def on_evict(self, expert: int) -> None:
         self._cached.remove(expert)
+
+    def begin_request(self) -> None:
+        self._worth += REQUEST_FADES
 
     def victim(self, pinned: Container[int]) -> int | None:
         ascending = sorted(self._cached, key=self._scores.__getitem__)

@@ -11,8 +11,8 @@ from collections.abc import Container
 
 from fate.cache.base import POLICIES, EvictionPolicy
 
-# Half-life of an access, in accesses to the layer, in units of its capacity. On recorded traces of five models 1.5 to 4
-# are within half a point of hits of each other.
+# Half-life of an access, in accesses to the layer, in units of its capacity. On recorded traces of seven models hits
+# differ by at most 1.2 points between 1.5 and 4, and none is best everywhere.
 HALF_LIFE = 2
 
 # What a new request makes of the counts of those before it, in half-lives: its prompt then outweighs most of them.

@@ -60,10 +60,14 @@ class LayerRuntime:
     def begin_early(self, gate_input: torch.Tensor, pairs: dict[int, int]) -> None:
         """The router's word (pairs of each expert) before the model itself asks for it: demand what is missing now
         (see `early.py`)."""
-        with self.manager.lock:
-            routing = self._routing(pairs, gate_input.shape[0])
-            self.manager.demand_early(routing)
-            self._predict(routing, gate_input)
+        manager = self.manager
+        with manager.lock:
+            if not manager.sound:
+                return
+            with manager.between_leases():
+                routing = self._routing(pairs, gate_input.shape[0])
+                manager.demand_early(routing)
+                self._predict(routing, gate_input)
             self._early = pairs
 
     def forward(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

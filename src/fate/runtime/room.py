@@ -29,9 +29,12 @@ class GuessRoom:
         """Between two forwards; where something is still being read, the next call does it."""
         if guessing == self._guessing:
             return
-        division = self._divisions[guessing]
-        with self._manager.lock:
-            if not guessing:
-                self._manager.drop_guesses()
-            if self._manager.cache.resize(division.capacities, division.transient):
-                self._guessing = guessing
+        division, manager = self._divisions[guessing], self._manager
+        with manager.lock:
+            if not manager.sound:
+                return
+            with manager.between_leases():
+                if not guessing:
+                    manager.drop_guesses()
+                if manager.cache.resize(division.capacities, division.transient):
+                    self._guessing = guessing

@@ -83,7 +83,7 @@ for _system in (
     System(
         "fate",
         predictor="cross-layer",
-        policy="arc",
+        policy="lrfu",
         early_routing=True,
         switches_off=True,
         source="ours: the published system with what measurement added and without what it took away",
@@ -91,7 +91,7 @@ for _system in (
     System(
         "fate-measured",
         predictor="cross-layer",
-        policy="arc",
+        policy="lrfu",
         allocation="measured",
         early_routing=True,
         switches_off=True,
@@ -100,7 +100,7 @@ for _system in (
     System(
         "fate-hybrid",
         predictor="cross-layer",
-        policy="arc",
+        policy="lrfu",
         precision="popularity",
         early_routing=True,
         switches_off=True,

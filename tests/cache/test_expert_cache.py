@@ -18,11 +18,11 @@ class Read:
 class SlotTable(RuleBasedStateMachine):
     """Admit, stage, promote, pin and drop at random on 3 layers of 6 experts."""
 
-    capacities = (3, 1, 2)
+    divisions = (((3, 1, 2), 2), ((2, 1, 1), 4), ((2, 2, 3), 1))
 
     def __init__(self):
         super().__init__()
-        self.cache = ExpertCache(self.capacities, transient=2, policy=POLICIES.get("lru"))
+        self.cache = ExpertCache(*self.divisions[0], policy=POLICIES.get("lru"))
         self.held = {}
         self.draining = []
 
@@ -55,6 +55,21 @@ class SlotTable(RuleBasedStateMachine):
     def pin(self, data, pinned):
         key = data.draw(st.sampled_from(sorted(self.held)))
         self.cache.pinned.add(key) if pinned else self.cache.pinned.discard(key)
+
+    @rule(division=st.sampled_from(divisions))
+    def divide_otherwise(self, division):
+        fixed = {k for k, e in self.held.items() if k in self.cache.pinned or (e.transfer and not e.transfer.finished)}
+        staged = {e.key for e in self.cache.staged()}
+        before = dict(self.held)
+        done = self.cache.resize(*division)
+        self.held = {k: e for k, e in self.held.items() if self.cache.lookup(k) is e}
+        assert fixed | staged <= set(self.held)
+        possible = len(staged) <= division[1] and all(
+            len([k for k in fixed - staged if k.layer == layer]) <= capacity
+            for layer, capacity in enumerate(division[0])
+        )
+        assert done == possible
+        assert (self.cache.capacities, self.cache.transient) == division or (not done and before == self.held)
 
     @rule()
     def start_again(self):
@@ -92,7 +107,7 @@ class SlotTable(RuleBasedStateMachine):
     def shares_are_kept(self):
         staged = self.cache.staged()
         assert len(staged) <= self.cache.transient
-        for layer, capacity in enumerate(self.capacities):
+        for layer, capacity in enumerate(self.cache.capacities):
             cached = [k for k, e in self.held.items() if k.layer == layer and not e.staged]
             assert len(cached) == self.cache.num_cached(layer) <= capacity
 

@@ -15,6 +15,7 @@ from fate.errors import UnknownNameError
 GOLDEN = {
     "activation-aware": {4: 3212, 8: 2721, 16: 1977, 32: 1045},
     "arc": {4: 2685, 8: 2180, 16: 1503, 32: 787},
+    "lrfu": {4: 2619, 8: 2054, 16: 1421, 32: 747},
     "lru": {4: 2984, 8: 2348, 16: 1581, 32: 792},
 }
 
@@ -80,6 +81,56 @@ def test_lru_order():
     assert policy.victim(()) == 2
     policy.on_evict(2)
     assert policy.victim(()) == 3
+
+
+def test_lrfu_fades_by_half_in_two_capacities():
+    policy = POLICIES.get("lrfu")(4)
+    for expert in (1, 2):
+        policy.on_insert(expert)
+        policy.on_hit(expert)
+    for expert in (3, 4):
+        policy.on_insert(expert)
+    assert policy.victim(()) == 3, "used once, longer ago than 4"
+    for _ in range(5):
+        policy.on_hit(3)
+    assert policy.victim(()) == 4
+    for _ in range(40):
+        policy.on_hit(3)
+    policy.on_hit(4)
+    assert policy.victim(()) == 1, "two accesses five half-lives ago are less than one of now"
+    policy.on_evict(1)
+    policy.on_insert(1)
+    assert policy.victim(()) == 2
+
+
+def test_lrfu_lets_a_new_request_outweigh_the_one_before():
+    policy = POLICIES.get("lrfu")(2)
+    for expert in (1, 2):
+        policy.on_insert(expert)
+    for _ in range(3):
+        policy.on_hit(1)
+    policy.on_hit(2)
+    assert policy.victim(()) == 2
+    policy.begin_request()
+    policy.on_hit(2)
+    assert policy.victim(()) == 1
+
+
+def test_lrfu_is_the_papers_sum():
+    """Its combined recency and frequency: the sum over accesses of 2 ** (-age / half-life)."""
+    policy, trace = POLICIES.get("lrfu")(3), zipf_trace(300, experts=8)
+    times = {expert: [] for expert in range(8)}
+    for expert in range(8):
+        policy.on_insert(expert)
+    for clock, expert in enumerate(trace):
+        policy.on_hit(expert)
+        times[expert].append(clock + 8)
+    crf = {e: sum(2 ** (-(307 - t) / 6) for t in [e, *at]) for e, at in times.items()}
+    order = []
+    for _ in range(8):
+        order.append(policy.victim(()))
+        policy.on_evict(order[-1])
+    assert order == sorted(crf, key=crf.get)
 
 
 def test_unknown_policy_names_the_choices():
@@ -193,7 +244,7 @@ class AnyUse(RuleBasedStateMachine):
             self.policy.on_hit(expert)
             return
         self.policy.on_miss(expert)
-        if len(self.cached) == self.capacity:
+        if len(self.cached) == self.policy.capacity:
             victim = self.policy.victim(pinned)
             assert victim == self.policy.victim(pinned), "asking changes nothing"
             if victim is None:
@@ -216,6 +267,14 @@ class AnyUse(RuleBasedStateMachine):
     def begin_request(self):
         self.policy.begin_request()
 
+    @rule(capacity=st.integers(0, 5))
+    def resize(self, capacity):
+        while len(self.cached) > capacity:
+            victim = self.policy.victim(())
+            self.policy.on_evict(victim)
+            self.cached.remove(victim)
+        self.policy.resize(capacity)
+
     @invariant()
     def everything_cached_can_be_evicted(self):
         assert (self.policy.victim(()) is not None) == bool(self.cached)
@@ -226,8 +285,10 @@ class AnyUse(RuleBasedStateMachine):
     def ghosts_are_bounded(self):
         if self.name == "arc":
             sizes = [len(order) for order in (self.policy._t1, self.policy._t2, self.policy._b1, self.policy._b2)]
-            assert sizes[0] + sizes[2] <= self.capacity
-            assert sum(sizes) <= 2 * self.capacity
+            capacity = self.policy.capacity
+            assert sizes[0] + sizes[2] <= capacity
+            assert sum(sizes) <= 2 * capacity
+            assert self.policy._p <= capacity
             assert {*self.policy._t1, *self.policy._t2} == self.cached
 
 

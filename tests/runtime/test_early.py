@@ -43,6 +43,30 @@ def test_a_router_that_says_something_else_the_second_time(prompt, monkeypatch):
         assert not model.fate.engine.manager.cache.pinned
 
 
+def test_an_interrupt_while_reading_ahead_leaves_nothing_half_done(prompt, monkeypatch):
+    """The next forward starts from an empty cache, as after any other."""
+    ids = prompt % 250
+    with fate.load(tiny_store("qwen2_moe"), experts="60%", system=LATE) as model:
+        expected = stepwise_logits(model, ids)
+    with fate.load(tiny_store("qwen2_moe"), experts="60%", system=EARLY) as model:
+        stepwise_logits(model, ids)
+        manager = model.fate.engine.manager
+
+        def interrupted(entry, wanted):
+            manager.cache._free.clear()  # as a slot taken from the free ones and given to nobody
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(manager, "demand", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stepwise_logits(model, ids)
+        monkeypatch.undo()
+        assert not manager.sound
+        assert torch.equal(stepwise_logits(model, ids), expected)
+        assert manager.sound
+        cache = manager.cache
+        assert len(cache._free) + len(cache._entries) + len(manager.draining()) == cache.num_slots
+
+
 def test_closed_between_the_early_word_and_the_experts(prompt, monkeypatch):
     """The slots are gone by then: an error, never other bits."""
     real = LayerRuntime.begin_early

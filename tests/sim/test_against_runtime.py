@@ -5,6 +5,7 @@ import torch
 
 import fate
 from fate.cache import POLICIES
+from fate.runtime.backend import LayerRuntime
 from fate.sim.belady import belady_misses
 from fate.sim.curves import lru_miss_curves
 from fate.sim.replay import CacheCounts, replay
@@ -19,10 +20,10 @@ def counted(stats):
     return CacheCounts(stats.accesses, stats.hits, stats.first_accesses, stats.evictions)
 
 
-def run(policy, experts, allocation="uniform"):
+def run(policy, experts, allocation="uniform", early_routing=False):
     """Two requests of a tiny model: (trace, capacities, statistics of each layer)."""
     store = tiny_store("qwen2_moe", 32, 16)
-    system = System(f"{policy}-on-demand", policy=policy, allocation=allocation)
+    system = System(f"{policy}-on-demand", policy=policy, allocation=allocation, early_routing=early_routing)
     with fate.load(store, experts=experts, system=system) as model, model.fate.record_routing("tiny") as recorder:
         for seed in (3, 4):
             ids = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(seed))
@@ -43,6 +44,24 @@ def test_replay_counts_what_the_run_counted(tmp_path, policy, experts):
     assert all(
         layer.hits > 0 and layer.misses > layer.first_accesses and layer.evictions > 0 for layer in result.layers
     )
+
+
+@pytest.mark.parametrize("experts", [1, "50%", "75%"])
+def test_early_demands_are_no_accesses(experts, monkeypatch):
+    """Whatever the router says when it is asked early, and it says something else now and then."""
+    words = []
+    real = LayerRuntime.begin_early
+
+    def sometimes_wrong(self, gate_input, pairs):
+        words.append(len(words) % 5 == 4)
+        real(self, gate_input, {(e + 1) % 8: n for e, n in pairs.items()} if words[-1] else pairs)
+
+    monkeypatch.setattr(LayerRuntime, "begin_early", sometimes_wrong)
+    trace, capacities, layer_stats = run("arc", experts, early_routing=True)
+    assert words.count(True) > 10
+    result = replay(trace, capacities, POLICIES.get("arc"))
+    assert list(result.prefill) == [counted(stats.prefill) for stats in layer_stats]
+    assert list(result.decode) == [counted(stats.decode) for stats in layer_stats]
 
 
 def test_the_curve_and_the_bound_speak_of_the_same_run():

@@ -55,6 +55,11 @@ class ARC(EvictionPolicy):
         (self._t2 if returns else self._t1)[expert] = None
         self._trim()
 
+    def resize(self, capacity: int) -> None:
+        super().resize(capacity)
+        self._p = min(self._p, float(capacity))
+        self._trim()
+
     def victim(self, pinned: Container[int]) -> int | None:
         size, p = len(self._t1), self._target(self._incoming)
         from_t1 = size > p or (size == p and self._incoming in self._b2)

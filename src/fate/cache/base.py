@@ -33,6 +33,10 @@ class EvictionPolicy(ABC):
     def on_evict(self, expert: int) -> None:
         """`expert` left the cache (as the last `victim`, or because its bytes could not be read)."""
 
+    def resize(self, capacity: int) -> None:
+        """The most experts it will be told to hold is another now; it holds no more than that."""
+        self.capacity = capacity
+
     def begin_request(self) -> None:  # noqa: B027 - most policies keep nothing of a request
         """A new sequence starts with the next access."""
 

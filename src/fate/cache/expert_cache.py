@@ -17,7 +17,7 @@ Owns no bytes, no threads, no clock; every call is made under the owner's lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -40,7 +40,7 @@ class Entry(Generic[T]):
     """One resident (or arriving) expert.
 
     staged: in the transient region. precision: what the slot holds (None: nothing yet). transfer: the read under way.
-    prefetched: read before it was asked for; confidence: of that guess.
+    prefetched: read before it was asked for; confidence: of that guess. early: demanded ahead of the access.
     """
 
     key: ExpertKey
@@ -50,6 +50,7 @@ class Entry(Generic[T]):
     transfer: T | None = None
     prefetched: bool = False
     confidence: float = 0.0
+    early: bool = False
 
 
 class ExpertCache(Generic[T]):
@@ -70,7 +71,7 @@ class ExpertCache(Generic[T]):
         """Forget everything: all slots free, all policies new."""
         self.pinned.clear()
         self._policies = [self._policy(capacity) for capacity in self.capacities]
-        self._cached = [0] * len(self.capacities)
+        self._cached: list[dict[int, Entry[T]]] = [{} for _ in self.capacities]  # of each layer, by expert
         self._staged: dict[ExpertKey, Entry[T]] = {}
         self._entries: dict[ExpertKey, Entry[T]] = {}
         self._free = list(range(self.num_slots - 1, -1, -1))  # popped from the end: slot 0 first
@@ -114,13 +115,32 @@ class ExpertCache(Generic[T]):
         if entry.staged:
             del self._staged[entry.key]
         else:
-            self._cached[entry.key.layer] -= 1
+            del self._cached[entry.key.layer][entry.key.expert]
             self._policies[entry.key.layer].on_evict(entry.key.expert)
         if not keep_slot:
             self._free.append(entry.slot)
 
     def free_slot(self, slot: int) -> None:
         self._free.append(slot)
+
+    def resize(self, capacities: Sequence[int], transient: int) -> bool:
+        """Divide the same slots otherwise, evicting what a layer may no longer cache.
+
+        False, and nothing changes, while leases or reads hold what would have to go, or more experts are staged than
+        may be then.
+        """
+        if sum(capacities) + transient != self.num_slots:
+            raise ValueError(f"{sum(capacities)} cached and {transient} transient experts are not {self.num_slots}")
+        surplus = [max(len(cached) - capacity, 0) for cached, capacity in zip(self._cached, capacities, strict=True)]
+        if len(self._staged) > transient or any(
+            self._num_movable(layer) < count for layer, count in enumerate(surplus) if count
+        ):
+            return False
+        self.capacities, self.transient = tuple(capacities), transient
+        for layer, count in enumerate(surplus):
+            self._free += [slot for _ in range(count) if (slot := self._evict(layer)) is not None]
+            self._policies[layer].resize(capacities[layer])
+        return True
 
     def staged(self) -> list[Entry[T]]:
         """Entries of the transient region, oldest first."""
@@ -132,7 +152,11 @@ class ExpertCache(Generic[T]):
             policy.begin_request()
 
     def num_cached(self, layer: int) -> int:
-        """Experts `layer` caches, landed or not; staged ones are not among them."""
+        """How many experts `layer` caches, landed or not; staged ones are not among them."""
+        return len(self._cached[layer])
+
+    def cached(self, layer: int) -> Container[int]:
+        """Those experts."""
         return self._cached[layer]
 
     def _enter(self, entry: Entry[T]) -> Entry[T]:
@@ -146,31 +170,39 @@ class ExpertCache(Generic[T]):
         return entry
 
     def _count_cached(self, entry: Entry[T]) -> None:
-        self._cached[entry.key.layer] += 1
+        self._cached[entry.key.layer][entry.key.expert] = entry
         self._policies[entry.key.layer].on_insert(entry.key.expert)
 
     def _make_room(self, layer: int) -> int | None:
         """A slot for one more cached expert of `layer`."""
-        if self._cached[layer] < self.capacities[layer] and self._free:
+        if len(self._cached[layer]) < self.capacities[layer] and self._free:
             return self._free.pop()
-        victim = self._policies[layer].victim(_Unmovable(self, layer))
+        return self._evict(layer)
+
+    def _evict(self, layer: int) -> int | None:
+        """The slot of the expert that `layer` does best without; None when it must keep all it caches."""
+        victim = self._policies[layer].victim(_Unmovable(self._cached[layer], self.pinned))
         if victim is None:
             return None
-        entry = self._entries[ExpertKey(layer, victim)]
+        entry = self._cached[layer][victim]
         self.drop(entry, keep_slot=True)
         self.evictions += 1
         return entry.slot
+
+    def _num_movable(self, layer: int) -> int:
+        cached = self._cached[layer]
+        unmovable = _Unmovable(cached, self.pinned)
+        return sum(expert not in unmovable for expert in cached)
 
 
 class _Unmovable(Generic[T]):
     """`expert in unmovable`: a lease holds it, or a read still writes to its slot."""
 
-    def __init__(self, cache: ExpertCache[T], layer: int) -> None:
-        self._cache = cache
-        self._layer = layer
+    def __init__(self, cached: Mapping[int, Entry[T]], pinned: Container[ExpertKey]) -> None:
+        self._cached = cached
+        self._pinned = pinned
 
     def __contains__(self, expert: object) -> bool:
         assert isinstance(expert, int)
-        key = ExpertKey(self._layer, expert)
-        transfer = self._cache._entries[key].transfer
-        return key in self._cache.pinned or (transfer is not None and not transfer.finished)
+        entry = self._cached[expert]
+        return (entry.transfer is not None and not entry.transfer.finished) or entry.key in self._pinned

@@ -33,6 +33,7 @@ from fate.runtime.backend import LayerRuntime
 from fate.runtime.early import EarlyRouter
 from fate.runtime.engine import Engine
 from fate.runtime.manager import ExpertManager
+from fate.runtime.room import Division, GuessRoom
 from fate.runtime.session import Session, attach
 from fate.runtime.slots import SlotPool
 from fate.runtime.switch import PrefetchSwitch
@@ -112,10 +113,8 @@ class Assembly:
         if system.needs_profile and self.profile is None:
             raise ProfileMissingError(system.name)
         header = self.reader.header
-        transient = self._transient_slots(system, plan.num_slots)
-        costs = self.profile.costs(link) if self.profile is not None else None
-        request = SlotRequest(self._counts, plan.num_slots - transient, planning.LAYER_FLOOR, self.top_k, costs)
-        capacities = ALLOCATIONS.get(system.allocation)(request) if system.cached else [0] * len(self._counts)
+        divisions = [self._divide(system, plan.num_slots, guesses, link) for guesses in (system.guesses, False)]
+        capacities, transient = divisions[0].capacities, divisions[0].transient
         cache: ExpertCache[Transfer] = ExpertCache(capacities, transient, POLICIES.get(system.policy))
         pool = SlotPool(cache.num_slots, header.max_record_bytes)
         scheduler = TransferScheduler(self._source(pool, link), prefetch_cap_bytes=transient * header.max_record_bytes)
@@ -133,20 +132,27 @@ class Assembly:
         )
         predictor = PREDICTORS.get(system.predictor)(context)
         notes: list[str] = []
-        switch = PrefetchSwitch(lambda note: _announce(notes, note), trial=system.guesses and system.switches_off)
+        switches_off = system.guesses and system.switches_off
+        switch = PrefetchSwitch(lambda note: _announce(notes, note), trial=switches_off)
         for runtime in self._runtimes:
             runtime.bind(manager, pool, predictor, switch)
         for early in self._early:
             early.enabled = system.early_routing
-        return Engine(system, plan, manager, pool, predictor, switch, notes)
+        room = GuessRoom(manager, *divisions) if switches_off else None
+        return Engine(system, plan, manager, pool, predictor, switch, room, notes)
 
-    def _transient_slots(self, system: System, num_slots: int) -> int:
-        """What prefetching needs beyond the least, where slots are plenty; all slots where nothing is cached."""
+    def _divide(self, system: System, num_slots: int, guesses: bool, link: float | None) -> Division:
+        """The slots of each layer, after what prefetching needs beyond the least, where slots are plenty but do not
+        hold all experts; all slots are transient where nothing is cached."""
         if not system.cached:
-            return num_slots
-        if not system.guesses:
-            return self._transient
-        return max(self._transient, min(GUESSED_TOKENS * self.top_k, num_slots // GUESS_SHARE))
+            return Division([0] * len(self._counts), num_slots)
+        transient = self._transient
+        if guesses and num_slots - transient < sum(self._counts):
+            transient = max(transient, min(GUESSED_TOKENS * self.top_k, num_slots // GUESS_SHARE))
+        costs = self.profile.costs(link) if self.profile is not None else None
+        request = SlotRequest(self._counts, num_slots - transient, planning.LAYER_FLOOR, self.top_k, costs)
+        capacities = ALLOCATIONS.get(system.allocation)(request)
+        return Division(capacities, num_slots - sum(capacities))
 
     def _source(self, pool: SlotPool, link: float | None) -> Source:
         self.link.bytes_per_s = link

@@ -40,7 +40,7 @@ class LayerRuntime:
         self._activation = recognise(layer.experts)
         self._compute = self._generic if self._activation is None else self._fused
         self._gate_input: torch.Tensor | None = None
-        self._early: Lease | None = None
+        self._early: dict[int, int] | None = None  # what the router said when it was asked early
 
     def bind(self, manager: ExpertManager, pool: SlotPool, predictor: Predictor, switch: PrefetchSwitch) -> None:
         """Compute with this engine from now on."""
@@ -64,9 +64,15 @@ class LayerRuntime:
     def begin_early(self, gate_input: torch.Tensor, pairs: dict[int, int]) -> None:
         """The router's word (pairs of each expert) before the model itself asks for it: demand what is missing now
         (see `early.py`)."""
-        with self.manager.lock:
-            self._early = self.manager.begin(self._routing(pairs, gate_input.shape[0]))
-            self._predict(self._early.routing, gate_input)
+        manager = self.manager
+        with manager.lock:
+            if not manager.sound:
+                return
+            with manager.between_leases():
+                routing = self._routing(pairs, gate_input.shape[0])
+                manager.demand_early(routing)
+                self._predict(routing, gate_input)
+            self._early = pairs
 
     def forward(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden], indices and weights [tokens, rank] -> [tokens, hidden]."""
@@ -86,15 +92,12 @@ class LayerRuntime:
         return out
 
     def _lease(self, work: _Work) -> Lease:
-        """The one that early routing opened, if the router said the same again; else a new one."""
+        """Demand what is missing and guess what comes after, unless that was done early, on the same word."""
         early, self._early = self._early, None
         gate_input, self._gate_input = self._gate_input, None
-        if early is not None:
-            if self.manager.still_open(early) and early.routing.pairs_per_expert == work.pairs_per_expert:
-                return early
-            self.manager.end(early)
         lease = self.manager.begin(self._routing(work.pairs_per_expert, work.x.shape[0]))
-        self._predict(lease.routing, gate_input)
+        if early != work.pairs_per_expert:
+            self._predict(lease.routing, gate_input)
         return lease
 
     def _routing(self, pairs: dict[int, int], tokens: int) -> Routing:

@@ -3,7 +3,7 @@ router names the missing experts while the shared expert still has to be compute
 
 Which blocks these are is observed, not known by name: in its first forward a block shows whether another of its
 modules runs before the router and whether the router sees just what the block was given. The early word is only a
-head start: what the model itself routes is compared with it, and counts.
+head start for reads: what counts as accessed, and enters the cache, is what the model itself routes.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fate.memory import MemoryPlan
 from fate.predict import Predictor
 from fate.runtime.manager import ExpertManager
+from fate.runtime.room import GuessRoom
 from fate.runtime.slots import SlotPool
 from fate.runtime.switch import PrefetchSwitch
 from fate.systems import System
@@ -15,7 +16,8 @@ from fate.systems import System
 
 @dataclass(eq=False)
 class Engine:
-    """notes: what it decided by measurement, in one line each."""
+    """room: what the layers' caches get while guesses are given up (None: they never are). notes: what it decided by
+    measurement, in one line each."""
 
     system: System
     plan: MemoryPlan
@@ -23,7 +25,18 @@ class Engine:
     pool: SlotPool
     predictor: Predictor
     switch: PrefetchSwitch
+    room: GuessRoom | None = None
     notes: list[str] = field(default_factory=list)
+
+    def begin_forward(self, prefill: bool) -> None:
+        """A forward of a prompt's tokens, or of each sequence's next, begins."""
+        self.manager.begin_phase(prefill)
+        if prefill:
+            self.switch.begin_prompt()
+        else:
+            self.switch.begin_step()
+        if self.room is not None:
+            self.room.divide(guessing=not self.switch.resting)
 
     def begin_request(self) -> None:
         """A new sequence starts: with some systems prediction and eviction go by it."""

@@ -47,7 +47,7 @@ class Lease:
             self._keep(entry)
         self._ready.reverse()
         for expert in routing.experts:
-            if expert not in found:
+            if expert not in found and not self._take_early(expert):
                 self._load(ExpertKey(routing.layer, expert))
         self._admit_overflow()
         m.stats[routing.layer].evictions += m.cache.evictions - evictions
@@ -76,9 +76,26 @@ class Lease:
         self._m.pump()
 
     def _resident(self, expert: int) -> Slot | None:
-        """The entry that holds or awaits the expert; a guess whose read failed counts as absent."""
+        """The entry that holds or awaits the expert; a guess whose read failed counts as absent, and so does what was
+        only demanded for this lease, ahead of it."""
         entry = self._m.cache.lookup(ExpertKey(self.routing.layer, expert))
-        return entry if entry is not None and self._m.settle(entry) else None
+        return entry if entry is not None and self._m.settle(entry) and not entry.early else None
+
+    def _take_early(self, expert: int) -> bool:
+        """A missing expert that was demanded ahead enters the cache as any other; False where there is none, or it is
+        read to less than is wanted."""
+        entry = self._m.cache.lookup(ExpertKey(self.routing.layer, expert))
+        if entry is None:
+            return False
+        coming = entry.transfer.precision if entry.transfer is not None else entry.precision
+        if coming is None or coming < self._wanted[expert]:
+            self._m.drop_staged(entry)
+            return False
+        entry.early = False
+        self._m.cache.promote(entry)
+        self._m.cache.pinned.add(entry.key)
+        self._waiting.append(entry)
+        return True
 
     def _keep(self, entry: Slot) -> None:
         """A resident expert was asked for: order it in the cache, and bring it to the precision wanted."""

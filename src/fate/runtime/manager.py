@@ -6,14 +6,16 @@ later layers; `pump` stages the likeliest of them in the transient region as roo
 both the cache and the predictor's output.
 
 One lease is open at a time, under `ExpertManager.lock` while it is opened and used. One that does not end well (a
-failed read, a KeyboardInterrupt anywhere) stays open; the next lease then starts from an empty cache.
+failed read, a KeyboardInterrupt anywhere) stays open; the next lease then starts from an empty cache. What changes
+residency outside of a lease does so inside `between_leases`, with the same effect.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -57,7 +59,7 @@ class ExpertManager:
         self.stats = self._phases[True]  # of the phase under way, by layer
         self.link_load = 0.0  # share of the last decoding steps in which the link was busy
         self._step_began: tuple[float, float] | None = None  # when, and the link's busy seconds by then
-        self._closed = False
+        self._closed = self._interrupted = False
         self._seen: set[ExpertKey] = set()
         self._named: dict[int, set[int]] = {}  # experts named for a layer since it last ran
         self._ranking: dict[int, tuple[int, ...]] = {}  # the last word on it
@@ -93,8 +95,7 @@ class ExpertManager:
 
     def cached(self, layer: int, expert: int) -> bool:
         """Whether the layer's cache has the expert, landed or not; what is only staged as a guess is not in it."""
-        entry = self.cache.lookup(ExpertKey(layer, expert))
-        return entry is not None and not entry.staged
+        return expert in self.cache.cached(layer)
 
     def close(self) -> None:
         """Stop the transfers once no lease is in use; later leases raise ClosedError."""
@@ -108,27 +109,51 @@ class ExpertManager:
 
         if self._closed:
             raise ClosedError()
-        if self.lease is not None:
+        if not self.sound:
             self.scheduler.quiesce()
             self._draining.clear()
             self._forget_guesses()
             self.cache.clear()
         lease = self.lease = Lease(self, routing)
+        self._interrupted = False
         self.reap()
         lease.open()
         return lease
 
-    def still_open(self, lease: Lease) -> bool:
-        """Whether a lease that was opened some time ago holds what it held; raises ClosedError."""
-        if self._closed:
-            raise ClosedError()
-        return self.lease is lease
-
     def end(self, lease: Lease) -> None:
-        """The lease ended well, or is given up: what it demanded lands in the cache all the same."""
+        """The lease ended well."""
         if self.lease is lease:
             self.cache.pinned.clear()
             self.lease = None
+
+    @property
+    def sound(self) -> bool:
+        """Between two leases: whether all that was done to residency ended well."""
+        return self.lease is None and not self._interrupted
+
+    @contextmanager
+    def between_leases(self) -> Iterator[None]:
+        """Around changes of residency while no lease is open; only where it is `sound`."""
+        self._interrupted = True
+        yield
+        self._interrupted = False
+
+    def demand_early(self, routing: Routing) -> None:
+        """What a lease on `routing` will probably ask for soon: read what is missing, as far as the transient region
+        has room. Nothing is accessed by that: the cache and the counters wait for the lease."""
+        self.expire(routing)
+        found = [self.cache.lookup(ExpertKey(routing.layer, expert)) for expert in routing.experts]
+        missing = [expert for expert, entry in zip(routing.experts, found, strict=True) if entry is None]
+        wanted = self.precision.choose(routing, missing)
+        for expert, entry in zip(routing.experts, found, strict=True):
+            if entry is not None:
+                if entry.transfer is not None and not entry.transfer.finished:
+                    self.scheduler.upgrade(entry.transfer)
+            elif (entry := self.stage_for_demand(ExpertKey(routing.layer, expert), early=True)) is not None:
+                entry.early, entry.confidence = True, 1.0
+                self.demand(entry, wanted[expert])
+            else:
+                return
 
     def guess(self, predictions: Iterable[Prediction]) -> None:
         """Take a predictor's word on layers to come, instead of its earlier one, and stage what there is room for."""
@@ -210,6 +235,13 @@ class ExpertManager:
             if entry.key.layer == routing.layer and entry.key.expert not in routing.pairs_per_expert:
                 self.drop_staged(entry)
 
+    def drop_guesses(self) -> None:
+        """No guess is read, staged or wished for any longer."""
+        self._forget_guesses()
+        for entry in self.cache.staged():
+            if entry.prefetched and entry.key not in self.cache.pinned:
+                self.drop_staged(entry)
+
     def _forget_guesses(self) -> None:
         self._named.clear()
         self._ranking.clear()
@@ -241,14 +273,15 @@ class ExpertManager:
             self.cache.drop(entry, keep_slot=True)
             self._draining.append((entry.transfer, entry.slot))
 
-    def stage_for_demand(self, key: ExpertKey) -> Slot | None:
-        """A transient slot for an expert that is needed now; guesses give way. None: all hold needed experts."""
+    def stage_for_demand(self, key: ExpertKey, *, early: bool = False) -> Slot | None:
+        """A transient slot for an expert that is needed now; guesses give way, and unless it is `early` too, what was
+        demanded early. None: all hold needed experts."""
         self.reap()
         entry = self.cache.stage(key)
         if entry is not None:
             return entry
         for guess in sorted(self.cache.staged(), key=lambda staged: staged.confidence):
-            if guess.key not in self.cache.pinned:
+            if guess.key not in self.cache.pinned and not (early and guess.early):
                 self.drop_staged(guess)
                 if (entry := self.cache.stage(key)) is not None:
                     return entry

@@ -207,11 +207,7 @@ class Session:
         engine = self.engine
         if not past:
             engine.begin_request()
-        engine.manager.begin_phase(prefill)
-        if prefill:
-            engine.switch.begin_prompt()
-        else:
-            engine.switch.begin_step()
+        engine.begin_forward(prefill)
         self._step.account = (prefill, batch * tokens, time.perf_counter())
 
     def after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -42,6 +42,11 @@ class PrefetchSwitch:
         self._without: list[float] = []
         self._rest = 0  # steps until the next trial
 
+    @property
+    def resting(self) -> bool:
+        """Whether guesses are given up, and not being tried again."""
+        return bool(self._rest) and not self._verdict
+
     def begin_step(self) -> None:
         """A decoding step begins."""
         self.on = self._verdict

@@ -160,7 +160,9 @@ def _hit_region(document: Row) -> Any:
     axis = axes[0][0]
     for cell in cells:
         column, row = budgets.index((cell["share"], cell["experts"])), names.index(cell["link"])
-        axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_shade(cell["hit_rate"]), edgecolor="white"))
+        axis.add_patch(
+            Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_shade(cell["hit_rate"]), edgecolor="white")
+        )
         share = cell["predicted_link_share"]
         words = f"{cell['hit_rate']:.1%}\nlink {share:.2f}" if share is not None else f"{cell['hit_rate']:.1%}"
         axis.text(column, row, words, ha="center", va="center", fontsize=10)
@@ -172,7 +174,9 @@ def _hit_region(document: Row) -> Any:
     axis.set_xticks(range(len(budgets)), [experts for _, experts in budgets])
     axis.set_xlim(-0.5, len(budgets) - 0.5)
     axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xlabel("experts in memory\nframed: the predicted bytes of a layer fit the link in its compute time (link ≤ 1)")
+    axis.set_xlabel(
+        "experts in memory\nframed: the predicted bytes of a layer fit the link in its compute time (link ≤ 1)"
+    )
     axis.grid(False)
     axis.set_title(f"{document['store']}: hit rate of {region['system']} while decoding", fontsize=11)
     return figure

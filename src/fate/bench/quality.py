@@ -1,7 +1,8 @@
 """What lossy systems cost: the change of perplexity against an exact run on the same texts.
 
 The texts go through in prompts of the workload's length, each in chunks as a prefill has them, because it is in prefill
-that precision is saved. A change comes with its standard error, from the differences token by token: what both runs find hard cancels.
+that precision is saved. A change comes with its standard error, from the differences token by token: what both runs
+find hard cancels.
 """
 
 from __future__ import annotations

@@ -29,7 +29,11 @@ def hit_region(cells: Sequence[Mapping[str, Any]], systems: Sequence[str]) -> di
     if not ours:
         return None
     system = "fate" if "fate" in ours else ours[0]
-    return {"system": system, "phase": _PHASE, "cells": [_entry(cell, cell["systems"][system][_PHASE]) for cell in cells]}
+    return {
+        "system": system,
+        "phase": _PHASE,
+        "cells": [_entry(cell, cell["systems"][system][_PHASE]) for cell in cells],
+    }
 
 
 def _entry(cell: Mapping[str, Any], phase: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,8 +103,8 @@ def _check(
     for cell in saved["cells"]:
         if (cell["link"], cell["experts"]) not in comparison.cells:
             raise UsageError(
-                f"--resume {file} has a cell of link {cell['link']} with {cell['experts']} of the experts, which is not "
-                "asked for now: name all links and shares of the file, and any others"
+                f"--resume {file} has a cell of link {cell['link']} with {cell['experts']} of the experts, which "
+                "is not asked for now: name all links and shares of the file, and any others"
             )
 
 

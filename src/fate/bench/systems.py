@@ -190,7 +190,7 @@ class SystemsBench:
         return make_run(passes, layers, model.fate.plan.num_slots, model.fate.notes)
 
     def _measure_quality(self, model: FateModel, quality: Quality) -> dict[str, Any]:
-        """In the engine that was just measured, at its pace: what is in memory, and so may stay whole, depends on it."""
+        """In the engine that was just measured, at its pace, on which it depends what is in memory and stays whole."""
         system = model.fate.system
         self._progress(self._steps_done, self._num_steps(), f"perplexity of {system.name}")
         if system.needs_profile:

@@ -62,7 +62,7 @@ def comparison_table(document: Row, link: str, phase: str) -> Table:
 
 
 def speedup_table(document: Row, link: str) -> Table:
-    """How many times as fast as each baseline: the median of paired ratios at each budget, and the ceiling of overlap."""
+    """How many times as fast as each baseline: the median of paired ratios at each budget, and overlap's ceiling."""
     rows = [row for row in document["speedups"] if row["link"] == link]
     budgets = list(dict.fromkeys(cell["experts"] for cell in document["cells"] if cell["link"] == link))
     table = Table("", *budgets, "best", box=None, pad_edge=False)
@@ -97,8 +97,8 @@ def region_notes(document: Row) -> list[str]:
     fitting = [cell for cell in region["cells"] if cell["fits"]]
     others = [cell for cell in region["cells"] if not cell["fits"] and cell["reached"] is not None]
     return [
-        f"{region['system']} while decoding. Link share: bytes predicted for a layer / link bandwidth / compute time of "
-        "a layer, predicted: needed, not cached and named before routing was known, and read in vain. *: it fits (<= 1).",
+        f"{region['system']} while decoding. Link share: bytes predicted for a layer / link bandwidth / compute time of a "
+        "layer; predicted: needed, not cached and named before routing was known, or read in vain. *: it fits (<= 1).",
         f"At least {HIT_GOAL:.0%} hit in {_reached(fitting)} cells where it fits{_missing(fitting)}; at least "
         f"{PERFECT_GOAL:.0%} of a perfect predictor's hits in {_reached(others)} others{_missing(others)}.",
     ]
@@ -128,7 +128,9 @@ def _link_bound(document: Row, link: str, phase: str) -> str | None:
     cells = [cell for cell in document["cells"] if cell["link"] == link]
     bound = [cell["experts"] for cell in cells if cell["systems"][_REFERENCE][phase]["link_bound"]]
     where = "no budget" if not bound else "every budget" if len(bound) == len(cells) else ", ".join(bound)
-    return f"{phase}, ρ {cells[0]['rho']:.2f}: {_REFERENCE} is link-bound (reads for longer than it computes) at {where}"
+    return (
+        f"{phase}, ρ {cells[0]['rho']:.2f}: {_REFERENCE} is link-bound (reads for longer than it computes) at {where}"
+    )
 
 
 def _region_cell(cell: Row) -> str:

@@ -58,7 +58,7 @@ def systems_bench(
     """Systems x budgets x links on given prompts: A B A B, paired ratios, and how far each is from its bound."""
     from fate.bench.prompts import make_requests, read_prompts
     from fate.bench.quality import make_quality
-    from fate.bench.report import document, write_json
+    from fate.bench.report import document
     from fate.bench.resume import read_comparison
     from fate.bench.resume import resume as resumed
     from fate.bench.systems import SystemsBench
@@ -69,9 +69,9 @@ def systems_bench(
     rhos = _numbers(rho) if rho is not None else ()
     timelines = plots is not None
     comparison = Comparison(_split(systems), _split(experts), links, rhos, repeats, settle_tokens, timelines)
+    saved = read_comparison(resume) if resume is not None else None
     file = resume if json in (None, _STDOUT) else json
     _check_outputs(file, plots)
-    saved = read_comparison(resume) if resume is not None else None
     files = [read_prompts(prompt_file) for prompt_file in prompts]
     texts = {text_file.name: read_text(text_file) for text_file in perplexity_text or ()}
     with byte_progress() as bar:
@@ -83,23 +83,27 @@ def systems_bench(
     if resume is not None and saved is not None:
         measured = resumed(resume, saved, _fingerprint(store), comparison, workload, quality)
     bench = SystemsBench(comparison, workload, quality, measured)
-    if saved is not None and bench.complete:
+    if saved is not None and bench.complete:  # nothing to do but to show it
+        _save(saved, file)
         _report(saved, json, plots)
         return
 
     def result() -> dict[str, Any]:
         return document(store, comparison, workload, bench.measured, quality)
 
-    def save() -> None:
-        if file is not None:
-            write_json(result(), file)
-
     try:
         with step_progress() as progress:
-            bench.run(store, progress, save)
+            bench.run(store, progress, lambda: _save(result(), file))
     finally:  # after Ctrl-C or a failure too: what is finished counts
         if bench.measured.cells:
             _report(result(), json, plots)
+
+
+def _save(result: dict[str, Any], file: Path | None) -> None:
+    from fate.bench.report import write_json
+
+    if file is not None:
+        write_json(result, file)
 
 
 def _fingerprint(store: Path) -> str:

@@ -97,8 +97,8 @@ def region_notes(document: Row) -> list[str]:
     fitting = [cell for cell in region["cells"] if cell["fits"]]
     others = [cell for cell in region["cells"] if not cell["fits"] and cell["reached"] is not None]
     return [
-        f"{region['system']} while decoding. Link share: bytes predicted for a layer / link bandwidth / compute time of a "
-        "layer; predicted: needed, not cached and named before routing was known, or read in vain. *: it fits (<= 1).",
+        f"{region['system']} while decoding. Link share: bytes predicted for a layer / link bandwidth / compute time "
+        "of a layer; predicted: needed, not cached, named before routing, or read in vain. *: it fits (<= 1).",
         f"At least {HIT_GOAL:.0%} hit in {_reached(fitting)} cells where it fits{_missing(fitting)}; at least "
         f"{PERFECT_GOAL:.0%} of a perfect predictor's hits in {_reached(others)} others{_missing(others)}.",
     ]

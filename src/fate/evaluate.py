@@ -65,7 +65,8 @@ def perplexity(
     is given, the others are predicted. `chunk` tokens go through the model at a time (1: as decoding does)."""
     if len(ids) < 2 or window < 2:
         raise UsageError(f"{len(ids)} tokens in windows of {window}: perplexity needs at least 2 of each")
-    start, nats = time.perf_counter(), []
+    start = time.perf_counter()
+    nats: list[torch.Tensor] = []
     for first in range(0, len(ids) - 1, window):
         piece = ids[first : first + window]
         if len(piece) < 2:

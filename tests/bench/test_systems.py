@@ -19,7 +19,7 @@ from fate.bench.quality import Quality
 from fate.bench.report import document, write_json
 from fate.bench.systems import SystemsBench
 from fate.core import StepStats
-from fate.runtime.session import Session
+from fate.runtime.session import FateModel, Session
 from tiny import tiny_store
 
 STORE = "qwen2_moe"
@@ -39,12 +39,21 @@ def result() -> dict[str, Any]:
     systems = (*SYSTEMS, "fate-oracle", "cross-layer-int2")
     comparison = Comparison(systems, ("50%", "80%"), ("disk",), (1.0,), repeats=2, settle_tokens=4, timelines=True)
     text = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(9))
-    quality = Quality({"some.txt": text}, 12)
+    quality = _CountedQuality({"some.txt": text}, 12)
     work = workload()
     bench = SystemsBench(comparison, work, quality)
     bench.run(tiny_store(STORE), silent)
     assert no_transfer_threads()
+    assert quality.count == 1, "an INT2 system gives the same in all four cells"
     return document(tiny_store(STORE), comparison, work, bench.measured, quality)
+
+
+class _CountedQuality(Quality):
+    count = 0
+
+    def measure(self, model: FateModel) -> dict[str, Any]:
+        self.count += 1
+        return super().measure(model)
 
 
 def test_every_cell_is_there(result: dict[str, Any]) -> None:

@@ -167,8 +167,8 @@ def _hit_region(document: Row) -> Any:
         words = f"{cell['hit_rate']:.1%}\nlink {share:.2f}" if share is not None else f"{cell['hit_rate']:.1%}"
         axis.text(column, row, words, ha="center", va="center", fontsize=10)
         if cell["fits"]:
-            frame = {"fill": False, "edgecolor": "#000000", "linewidth": 2.5}
-            axis.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, **frame))
+            corner = (column - 0.46, row - 0.46)
+            axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#000000", linewidth=2.5))
     rhos = {cell["link"]: cell["rho"] for cell in cells}
     axis.set_yticks(range(len(names)), [n if n.startswith("ρ") else f"{n}\nρ {rhos[n]:.2f}" for n in names])
     axis.set_xticks(range(len(budgets)), [experts for _, experts in budgets])

@@ -112,6 +112,7 @@ def _phase_row(phases: Sequence[Phase], name: str, compute: Compute, bytes_per_s
     """Speeds are medians, counters are summed over repeats. link_bound: the bytes moved take longer than computing."""
     stats, tokens = _counted(phases), sum(phase.tokens for phase in phases)
     compute_s = compute.s_per_token(name)
+    predicted_s = _predicted_s(stats, compute, bytes_per_s)
     speeds = sorted(phase.tokens_per_s for phase in phases)
     bounds = [bound_s(compute_s * p.tokens, p.stats.bytes_moved, bytes_per_s) for p in phases]
     return {
@@ -127,9 +128,7 @@ def _phase_row(phases: Sequence[Phase], name: str, compute: Compute, bytes_per_s
         "bound_s_per_token": median(bound / p.tokens for bound, p in zip(bounds, phases)),
         "time_over_bound": median(p.seconds / bound for bound, p in zip(bounds, phases)),
         "link_bound": stats.bytes_moved / bytes_per_s > compute_s * tokens,
-        "predicted_link_share": _predicted_s(stats, compute, bytes_per_s) / (compute_s * tokens)
-        if stats.asked
-        else None,
+        "predicted_link_share": predicted_s / (compute_s * tokens) if stats.asked else None,
     }
 
 
@@ -186,7 +185,8 @@ def _repeated_phase(phase: Phase, layers: Sequence[StepStats]) -> dict[str, Any]
 
 def repeated_run(repeat: Mapping[str, Any], num_requests: int, slots: int, notes: Sequence[str]) -> Run:
     """The run that `repeat`, of a row's "repeats", tells of; of its layers only accesses and hits are known."""
-    phases, layers = {}, {}
+    phases: dict[str, Phase] = {}
+    layers: dict[str, list[StepStats]] = {}
     for name in PHASES:
         counters = dict(repeat[name])
         seconds, tokens, by_layer = (counters.pop(key) for key in ("seconds", "tokens", "by_layer"))

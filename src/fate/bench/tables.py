@@ -116,8 +116,8 @@ def notes(document: Row, link: str) -> list[str]:
         found.append("not all experts fit in memory: the bound takes compute from a run less its stalls")
     for cell in document["cells"]:
         if cell["link"] == link:
-            for name, row in cell["systems"].items():
-                found += [f"{cell['experts']}, {name}: {note}" for note in row["notes"]]
+            for name in document["comparison"]["systems"]:
+                found += [f"{cell['experts']}, {name}: {note}" for note in cell["systems"][name]["notes"]]
     return found
 
 

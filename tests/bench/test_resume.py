@@ -59,6 +59,7 @@ TEXT = Quality({"a.txt": torch.arange(9)}, 4)
     [
         ("abd", {}, workload(), None, r"another store \(abc, now abd\)"),
         ("abc", {"repeats": 3}, workload(), None, r"another repeats \(2, now 3\)"),
+        ("abc", {"timelines": True}, workload(), None, r"another choice of --plots \(False, now True\)"),
         (
             "abc",
             {"systems": ("load-on-demand",)},

@@ -95,7 +95,7 @@ def _check(
     }
     for name, value in now.items():
         if then.get(name) != value:
-            what = name.replace("_", " ")
+            what = "choice of --plots" if name == "timelines" else name.replace("_", " ")
             raise UsageError(
                 f"--resume {file} was measured with another {what} ({_short(then.get(name))}, now {_short(value)}): "
                 "ask for the same, or start afresh with --json"

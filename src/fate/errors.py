@@ -26,6 +26,16 @@ class UnknownNameError(UsageError):
         super().__init__(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(allowed))}")
 
 
+class NeedsFutureError(UsageError):
+    """A system that must be told what will be routed, where nobody can know."""
+
+    def __init__(self, system: str) -> None:
+        super().__init__(
+            f"system {system!r} must know the routing to come, which only fate bench systems has (it records it): "
+            "compare it there, or choose another system"
+        )
+
+
 class MemorySizeError(UsageError):
     """A memory size that cannot be read, or is not positive."""
 

@@ -17,11 +17,18 @@ from fate.runtime.session import FateModel
 
 @dataclass(frozen=True)
 class Evaluation:
-    """nats_per_token: mean negative log-likelihood over `tokens` predicted tokens."""
+    """nats: negative log-likelihood of each predicted token, float32 [tokens]."""
 
-    nats_per_token: float
-    tokens: int
+    nats: torch.Tensor
     seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return len(self.nats)
+
+    @property
+    def nats_per_token(self) -> float:
+        return float(self.nats.double().mean())
 
     @property
     def perplexity(self) -> float:
@@ -58,24 +65,24 @@ def perplexity(
     is given, the others are predicted. `chunk` tokens go through the model at a time (1: as decoding does)."""
     if len(ids) < 2 or window < 2:
         raise UsageError(f"{len(ids)} tokens in windows of {window}: perplexity needs at least 2 of each")
-    start, total, count = time.perf_counter(), 0.0, 0
+    start = time.perf_counter()
+    nats: list[torch.Tensor] = []
     for first in range(0, len(ids) - 1, window):
         piece = ids[first : first + window]
         if len(piece) < 2:
             break
-        total += _window_nats(model, piece, chunk)
-        count += len(piece) - 1
+        nats += _window_nats(model, piece, chunk)
         if progress is not None:
             progress(first + len(piece), len(ids))
-    return Evaluation(total / count, count, time.perf_counter() - start)
+    return Evaluation(torch.cat(nats), time.perf_counter() - start)
 
 
-def _window_nats(model: PreTrainedModel, ids: torch.Tensor, chunk: int) -> float:
+def _window_nats(model: PreTrainedModel, ids: torch.Tensor, chunk: int) -> list[torch.Tensor]:
     cache = model.fate.new_cache(model.config) if isinstance(model, FateModel) else DynamicCache(config=model.config)
-    total = 0.0
+    found = []
     for at in range(0, len(ids) - 1, chunk):
         given = ids[at : min(at + chunk, len(ids) - 1)]
         logits = model(given[None], past_key_values=cache, use_cache=True).logits[0].float()
         targets = ids[at + 1 : at + 1 + len(given)]
-        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-    return total
+        found.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    return found

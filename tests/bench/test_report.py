@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bench_support import GB, measured, run, workload
 from fate.bench import plots, tables
+from fate.bench.region import hit_region
 from fate.bench.report import document
 from fate.errors import MissingPackageError
 
@@ -75,28 +76,71 @@ def test_the_table_has_a_row_for_each_budget_and_system() -> None:
 def test_the_table_of_speedups() -> None:
     heading, *rows = lines(tables.speedup_table(made(), "1GB/s"))
     assert heading.split() == ["25%", "50%", "best"]
-    assert rows[0].split() == ["fate", "vs", "load-on-demand,", "decode", "2.00x", "3.00x", "3.00x", "at", "50%"]
+    # 10 misses of 0.02 s in 4 tokens of 0.1 s, twice
+    assert rows[0].split("  ", 1)[0] == "fate vs load-on-demand, decode"
+    assert rows[0].split("  ", 1)[1].split() == [
+        *("2.00x", "(at", "most", "1.25)"),
+        *("3.00x", "(at", "most", "1.25)"),
+        "3.00x",
+        "at",
+        "50%",
+    ]
+
+
+def test_where_what_is_predicted_fits_the_link() -> None:
+    found = made()
+    for cell, (share, hits, perfect) in zip(
+        found["cells"], ((0.9, 0.995, 1.0), (1.0, 0.98, 1.0), (1.1, 0.6, 0.96), (None, 0.5, 0.9)), strict=True
+    ):
+        cell["systems"]["fate"]["decode"] |= {
+            "predicted_link_share": share,
+            "hit_rate": hits,
+            "hits_of_perfect": perfect,
+        }
+    region = found["hit_region"] = hit_region(found["cells"], found["comparison"]["systems"])
+    assert region is not None
+    assert [(cell["fits"], cell["reached"]) for cell in region["cells"]] == [
+        *((True, True), (True, False)),
+        *((False, True), (False, False)),
+    ]
+    heading, *rows = lines(tables.region_table(found))
+    assert heading.split()[-2:] == ["25%", "50%"]
+    assert rows[0].split() == ["disk,", "ρ", "1.00", "99.5%", "(0.90)*", "98.0%", "(1.00)*"]
+    assert rows[1].split() == ["1GB/s,", "ρ", "2.00", "60.0%", "(1.10)", "50.0%", "(-)"]
+    assert tables.region_notes(found)[1] == (
+        "At least 99% hit in 1 of 2 cells where it fits (not: disk 50%); at least 95% of a perfect predictor's hits in "
+        "1 of 2 others (not: 1GB/s 50%)."
+    )
+    assert hit_region(found["cells"], ["eap"]) is None
 
 
 def test_lossy_systems_say_so_and_what_they_cost() -> None:
     found = made()
     row = found["cells"][0]["systems"]["cross-layer"]
-    row["exact"], row["perplexity_change"] = False, {"a.txt": 0.0123, "b.txt": -0.001}
+    row["exact"] = False
+    row["perplexity_change"] = {
+        "a.txt": {"change": 0.0123, "standard_error": 0.004},
+        "b.txt": {"change": -0.001, "standard_error": None},
+    }
     assert "perplexity" not in lines(tables.comparison_table(found, "disk", "prefill"))[0]
     found["perplexity"] = {}
     shown = lines(tables.comparison_table(found, "disk", "prefill"))[2]
     assert "cross-layer (lossy)" in shown
-    assert shown.endswith("+1.23% / -0.10%")
+    assert shown.endswith("+1.23% ± 0.40% / -0.10%")
 
 
 def test_notes_are_shown_with_their_cell() -> None:
     found = made()
-    assert tables.notes(found, "disk") == []
+    before = tables.notes(found, "disk")
+    assert before[0] == "decode, ρ 1.00: load-on-demand is link-bound (reads for longer than it computes) at no budget"
+    assert before[1].startswith("prefill, ρ 1.00: load-on-demand is link-bound")
+    assert before[1].endswith("at every budget")
+    assert "at most" in before[2]
     found["cells"][1]["systems"]["fate"]["notes"] = ["prefetching is off: it lost"]
     found["compute"]["resident"] = False
-    assert tables.notes(found, "disk")[1:] == ["50%, fate: prefetching is off: it lost"]
-    assert "not all experts fit in memory" in tables.notes(found, "disk")[0]
-    assert len(tables.notes(found, "1GB/s")) == 1
+    assert tables.notes(found, "disk")[4:] == ["50%, fate: prefetching is off: it lost"]
+    assert "not all experts fit in memory" in tables.notes(found, "disk")[3]
+    assert len(tables.notes(found, "1GB/s")) == 4
 
 
 def test_plots_are_written(tmp_path: Path) -> None:
@@ -114,6 +158,7 @@ def test_plots_are_written(tmp_path: Path) -> None:
         "hit-rate-disk.png",
         "timeline-disk.png",
         "hit-rate-1GB-s.png",
+        "hit-region.png",
     ]
     for path in written:
         head = path.read_bytes()[:24]

@@ -19,7 +19,7 @@ from fate.bench.quality import Quality
 from fate.bench.report import document, write_json
 from fate.bench.systems import SystemsBench
 from fate.core import StepStats
-from fate.runtime.session import Session
+from fate.runtime.session import FateModel, Session
 from tiny import tiny_store
 
 STORE = "qwen2_moe"
@@ -36,16 +36,24 @@ def no_transfer_threads() -> bool:
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     """Three systems, two budgets, disk and an emulated link, with timelines and perplexity."""
-    comparison = Comparison(
-        (*SYSTEMS, "cross-layer-int2"), ("50%", "80%"), ("disk",), (1.0,), repeats=2, settle_tokens=4, timelines=True
-    )
+    systems = (*SYSTEMS, "fate-oracle", "cross-layer-int2")
+    comparison = Comparison(systems, ("50%", "80%"), ("disk",), (1.0,), repeats=2, settle_tokens=4, timelines=True)
     text = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(9))
-    quality = Quality({"some.txt": text}, 12)
+    quality = _CountedQuality({"some.txt": text}, 12)
     work = workload()
     bench = SystemsBench(comparison, work, quality)
     bench.run(tiny_store(STORE), silent)
     assert no_transfer_threads()
+    assert quality.count == 1, "an INT2 system gives the same in all four cells"
     return document(tiny_store(STORE), comparison, work, bench.measured, quality)
+
+
+class _CountedQuality(Quality):
+    count = 0
+
+    def measure(self, model: FateModel) -> dict[str, Any]:
+        self.count += 1
+        return super().measure(model)
 
 
 def test_every_cell_is_there(result: dict[str, Any]) -> None:
@@ -58,6 +66,7 @@ def test_every_cell_is_there(result: dict[str, Any]) -> None:
         ("ρ 1", "80%"),
     ]
     assert [cell["share"] for cell in result["cells"]] == [0.5, 19 / 24] * 2
+    assert len(result["workload"].pop("token_ids_sha256")) == 64
     assert result["workload"] == {
         "prompts": ["file 0"],
         "prompt_tokens": 12,
@@ -70,7 +79,7 @@ def test_every_cell_is_there(result: dict[str, Any]) -> None:
 
 def test_what_a_row_says(result: dict[str, Any]) -> None:
     for cell in result["cells"]:
-        assert list(cell["systems"]) == [*SYSTEMS, "cross-layer-int2"]
+        assert list(cell["systems"]) == [*SYSTEMS, "fate-oracle", "cross-layer-int2"]
         for name, row in cell["systems"].items():
             assert row["exact"] is (name != "cross-layer-int2")
             assert (row["slots"], len(row["repeats"])) == ({"50%": 12, "80%": 19}[cell["experts"]], 2)
@@ -81,7 +90,15 @@ def test_what_a_row_says(result: dict[str, Any]) -> None:
                 assert len(row["layer_hit_rate"][phase]) == 3
         assert cell["systems"]["cross-layer"]["decode"]["recall"] > 0
         assert cell["systems"]["load-on-demand"]["decode"]["recall"] is None
-        assert set(cell["systems"]["cross-layer"]["decode"]["speedup_over"]) == set(SYSTEMS[:2])
+        assert set(cell["systems"]["cross-layer"]["decode"]["speedup_over"]) == {*SYSTEMS[:2], "fate-oracle"}
+
+
+def test_an_oracle_is_never_wrong(result: dict[str, Any]) -> None:
+    repeats = [r["decode"] for c in result["cells"] for r in c["systems"]["fate-oracle"]["repeats"]]
+    assert all(decode["recalled"] == decode["asked"] > 0 for decode in repeats)
+    assert sum(decode["covered"] for decode in repeats) > 0
+    late = 3  # of the first layer after a prompt, which nothing foretells
+    assert all(decode["covered"] >= decode["uncached"] - late for decode in repeats)
 
 
 def test_bytes_are_those_of_the_systems(result: dict[str, Any]) -> None:
@@ -110,7 +127,9 @@ def test_a_rho_gives_a_link_its_speed(result: dict[str, Any]) -> None:
 
 def test_one_token_in_time_with_the_middle_budget(result: dict[str, Any]) -> None:
     for cell in result["cells"]:
-        assert list(cell["timelines"]) == ([*SYSTEMS, "cross-layer-int2"] if cell["experts"] == "80%" else [])
+        assert list(cell["timelines"]) == (
+            [*SYSTEMS, "fate-oracle", "cross-layer-int2"] if cell["experts"] == "80%" else []
+        )
     timeline = result["cells"][3]["timelines"]["load-on-demand-uncached"]
     kinds = {event["kind"] for event in timeline["events"]}
     assert kinds >= {"layer", "demand", "compute"}
@@ -119,13 +138,14 @@ def test_one_token_in_time_with_the_middle_budget(result: dict[str, Any]) -> Non
 
 
 def test_perplexity_is_of_lossy_systems_against_exact_ones(result: dict[str, Any]) -> None:
-    assert result["perplexity"]["window_tokens"] == 12
+    assert result["perplexity"]["settings"]["window_tokens"] == 12
     assert result["perplexity"]["exact"]["some.txt"]["tokens"] == 40 - 4, "the first of each window is given"
     for cell in result["cells"]:
         assert cell["systems"]["cross-layer"]["perplexity_change"] is None
-        change = cell["systems"]["cross-layer-int2"]["perplexity_change"]["some.txt"]
-        assert change != 0
-        assert abs(change) < 0.5
+        found = cell["systems"]["cross-layer-int2"]["perplexity_change"]["some.txt"]
+        assert found["change"] != 0
+        assert abs(found["change"]) < 0.5
+        assert 0 < found["standard_error"] < 0.5
 
 
 def test_systems_alternate_and_links_are_paced_when_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +153,7 @@ def test_systems_alternate_and_links_are_paced_when_measured(monkeypatch: pytest
     real_reconfigure, real_set_link = Session.reconfigure, Session.set_link
 
     def reconfigure(self: Session, **options: Any) -> None:
-        log.append(("engine", options["system"]))
+        log.append(("engine", options["system"].name))
         real_reconfigure(self, **options)
 
     def set_link(self: Session, bytes_per_s: float | None) -> None:
@@ -146,19 +166,24 @@ def test_systems_alternate_and_links_are_paced_when_measured(monkeypatch: pytest
 
     work = workload()
     names = {tuple(r.ids[0].tolist()): r.file for r in (*work.measured, *work.recorded)}
+    names[tuple(work.recorded[1].ids[0, -5:].tolist())] = "the end of file 2"
     monkeypatch.setattr(Session, "reconfigure", reconfigure)
     monkeypatch.setattr(Session, "set_link", set_link)
     monkeypatch.setattr(systems_module, "feed", noted)
-    comparison = Comparison(("cross-layer", "fate"), ("50%",), ("50MB/s",), repeats=2, settle_tokens=1)
+    names_of = ("cross-layer", "fate", "load-on-demand-uncached")
+    comparison = Comparison(names_of, ("50%",), ("50MB/s",), repeats=2, settle_tokens=11)
     SystemsBench(comparison, work).run(tiny_store(STORE), silent)
 
-    assert [what for kind, what in log if kind == "engine"] == ["cross-layer", "fate"] * 2
+    assert [what for kind, what in log if kind == "engine"] == list(names_of) * 2
     first = log.index(("engine", "cross-layer"))
     second = log.index(("engine", "fate"))
-    third = log.index(("engine", "cross-layer"), second)
-    warm_up = [("feed", "file 1"), ("feed", "file 2"), ("feed", "file 2")]
+    third = log.index(("engine", "load-on-demand-uncached"), second)
+    fourth = log.index(("engine", "cross-layer"), third)
+    warm_up = [("feed", "file 1"), ("feed", "file 2"), ("feed", "the end of file 2")]
     assert log[first + 1 : second] == [("pace", None), *warm_up, ("pace", 50e6), ("feed", "file 0")]
     assert log[second + 1 : third] == [*warm_up, ("feed", "file 0")], "it switches itself off by what it measures"
+    bare = [("pace", None), ("feed", "file 1"), ("pace", 50e6), ("feed", "file 0")]
+    assert log[third + 1 : fourth] == bare, "without a cache there is nothing to get used to"
 
 
 def test_steps_are_counted_to_the_end() -> None:

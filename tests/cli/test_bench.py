@@ -88,6 +88,10 @@ def test_systems(cli: Cli, text: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
         *("speed.png", "hit-rate-disk.png", "hit-rate-1GB-s.png", "timeline-disk.png", "timeline-1GB-s.png")
     }
+    again = systems(cli, text, "--link", "disk,1GB/s", "--resume", tmp_path / "r.json", "--plots", tmp_path / "plots")
+    assert again.code == 0, again.err
+    assert again.out == result.out, "all cells are there: nothing is measured again"
+    assert json.loads((tmp_path / "r.json").read_text()) == found
 
 
 def test_systems_end_with_one_line_of_json_where_asked(cli: Cli, text: Path) -> None:
@@ -130,6 +134,8 @@ def test_ctrl_c_keeps_what_is_finished(cli: Cli, text: Path, tmp_path: Path, mon
         (["--prompts", "other.jsonl"], r"other\.jsonl line 1 has no text in prompt, question, text \(it has query\)"),
         (["--prompt-tokens", "300"], r"text\.txt is enough for 1 requests of 300 \+ 32 tokens, 5 are needed"),
         (["--perplexity-text", "missing"], r"missing cannot be read \(No such file"),
+        (["--resume", "missing"], r"--resume missing: there is no such file: start with --json missing"),
+        (["--resume", "other.jsonl"], r"--resume other\.jsonl is no comparison that this version"),
     ],
 )
 def test_a_comparison_that_cannot_be(
@@ -152,6 +158,11 @@ def test_plots_need_matplotlib(refuse: Refuse, text: Path, monkeypatch: pytest.M
     line = refuse(2, "bench", "systems", tiny_store(FAMILY), *argv)
     assert line == "error: matplotlib is not installed: pip install 'fate-moe[plots]'\n"
     assert not Path("plots").exists()
+
+
+def test_a_system_that_knows_the_future_is_for_comparisons(refuse: Refuse) -> None:
+    line = refuse(2, "run", tiny_store(FAMILY), "hello", "--system", "fate-oracle")
+    assert "system 'fate-oracle' must know the routing to come, which only fate bench systems has" in line
 
 
 def test_the_systems_compared_by_default_exist() -> None:

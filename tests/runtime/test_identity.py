@@ -7,39 +7,49 @@ import fate
 from fate.cache import POLICIES
 from fate.memory import RUNTIME_SLACK_BYTES, make_plan
 from fate.predict import PREDICTORS
-from fate.systems import SYSTEMS, System
+from fate.systems import ORACLES, SYSTEMS, System
 from runtime_support import stepwise_logits
 from tiny import tiny_store
 
 EXACT_SYSTEMS = [SYSTEMS.get(name) for name in SYSTEMS.names() if SYSTEMS.get(name).exact]
 NAMED = {(system.predictor, system.policy) for system in EXACT_SYSTEMS}
-PAIRS = [(p, c) for p in PREDICTORS.names() for c in POLICIES.names() if (p, c) not in NAMED]
+GUESSERS = [name for name in PREDICTORS.names() if not PREDICTORS.get(name).needs_future]
+PAIRS = [(p, c) for p in GUESSERS for c in POLICIES.names() if (p, c) not in NAMED]
 OTHER_PAIRS = [System(f"{p}+{c}", predictor=p, policy=c) for p, c in PAIRS]
 BUDGETS = {"smallest": 1, "half": "50%", "full": "100%"}
 
 
-def run(store, ids, system, experts):
+def run(store, ids, system, experts, future=()):
     with fate.load(store, experts=experts, system=system) as model:
+        if model.fate.engine.predictor.needs_future:
+            model.fate.engine.predictor.foretell(future)
         return stepwise_logits(model, ids), model.fate.stats().total, model.fate.plan
 
 
 @pytest.fixture(scope="module")
-def resident(mini_store, prompt):
-    """Logits of the fully resident run, and proof that it was one."""
+def fully_resident(mini_store, prompt):
+    """Logits and routing of the fully resident run, and proof that it was one."""
     with fate.load(mini_store, system="load-on-demand") as model:
-        stepwise_logits(model, prompt)
+        with model.fate.record_routing() as recorder:
+            stepwise_logits(model, prompt)
         before = model.fate.stats()
         logits = stepwise_logits(model, prompt)
         again = (model.fate.stats() - before).total
         assert again.misses == 0
         assert again.evictions == 0
-    return logits
+    return logits, recorder.trace().steps
+
+
+@pytest.fixture(scope="module")
+def resident(fully_resident):
+    return fully_resident[0]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("system", [*EXACT_SYSTEMS, *OTHER_PAIRS], ids=lambda s: s.name)
-def test_bit_identical(mini_store, prompt, resident, system, budget):
-    logits, stats, plan = run(mini_store, prompt, system, BUDGETS[budget])
+@pytest.mark.parametrize("system", [*EXACT_SYSTEMS, *ORACLES.values(), *OTHER_PAIRS], ids=lambda s: s.name)
+def test_bit_identical(mini_store, prompt, fully_resident, system, budget):
+    resident, future = fully_resident
+    logits, stats, plan = run(mini_store, prompt, system, BUDGETS[budget], future)
     assert torch.equal(logits, resident)
     if budget == "smallest":
         assert plan.num_slots == plan.needs.min_slots

@@ -31,8 +31,16 @@ class Compute:
     record_bytes: int
     resident: bool
 
+    def s_per_token(self, phase: str) -> float:
+        """phase: "prefill" or "decode"."""
+        return self.prefill_s_per_token if phase == "prefill" else self.decode_s_per_token
+
+    def transfer_s(self, bytes_per_s: float) -> float:
+        """Of one expert."""
+        return self.record_bytes / bytes_per_s
+
     def rho(self, bytes_per_s: float) -> float:
-        return self.record_bytes / bytes_per_s / self.layer_s
+        return self.transfer_s(bytes_per_s) / self.layer_s
 
     def bytes_per_s(self, rho: float) -> float:
         """The speed of a link that has this `rho`."""

@@ -1,4 +1,5 @@
-"""Plots of a comparison's document: speed by budget, hit rate by layer, and one decoded token in time.
+"""Plots of a comparison's document: speed by budget, hit rate by layer, one decoded token in time, and the map of hit
+rates over links and budgets.
 
 matplotlib is an optional dependency; it draws into files only. A system has the same colour and marker everywhere, from
 the palette of Okabe and Ito, which is told apart with any colour vision.
@@ -22,11 +23,13 @@ STYLES = {
     "eap": ("#E69F00", "^"),
     "cross-layer": ("#56B4E9", "v"),
     "fate-published": ("#0072B2", "P"),
+    "fate-oracle": ("#009E73", "X"),
     "fate": ("#D55E00", "o"),
     "fate-hybrid": ("#CC79A7", "D"),
 }
-_OTHERS = (("#009E73", "X"), ("#F0E442", "*"), ("#332288", "p"), ("#882255", "h"))
+_OTHERS = (("#F0E442", "*"), ("#44AA99", "d"), ("#332288", "p"), ("#882255", "h"))
 _PHASES = (("decode", "decoding, tokens/s"), ("prefill", "prefill, tokens/s"))
+_UNCACHED = "load-on-demand-uncached"
 _COMPUTE, _STALL, _PREDICT, _DEMAND, _PREFETCH = "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#0072B2"
 _RC: Any = {
     "figure.constrained_layout.use": True,
@@ -64,6 +67,8 @@ def draw(document: Row, folder: Path) -> list[Path]:
             for cell in cells:
                 if cell["timelines"]:
                     written.append(_save(_timelines(document, cell), folder / f"timeline-{name}.png"))
+        if document["hit_region"] is not None:
+            written.append(_save(_hit_region(document), folder / "hit-region.png"))
     return written
 
 
@@ -135,6 +140,7 @@ def _hit_rates(document: Row, link: str, cells: list[Row]) -> Any:
             axis.plot([100 * r for r in rates], color=colour, marker=marker, markersize=3, linewidth=bold, label=system)
         axis.set_title(f"{cell['experts']} of experts in memory", fontsize=10)
         axis.set_xlabel("MoE layer")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(-3, 103)
     axes[0][0].set_ylabel("hit rate while decoding, %")
     figure.suptitle(link_title(document, link), fontsize=11)
@@ -142,16 +148,60 @@ def _hit_rates(document: Row, link: str, cells: list[Row]) -> Any:
     return figure
 
 
+def _hit_region(document: Row) -> Any:
+    """Rows: links by rho, columns: budgets. Colour: hit rate. Framed: what was predicted fits the idle link."""
+    from matplotlib.patches import Rectangle
+
+    region = document["hit_region"]
+    cells = region["cells"]
+    names = sorted(links(document), key=lambda link: next(cell["rho"] for cell in cells if cell["link"] == link))
+    budgets = sorted({(cell["share"], cell["experts"]) for cell in cells})
+    figure, axes = _figure(1, 1, max(6.4, 2.6 + 1.3 * len(budgets)), 2.2 + 0.75 * len(names))
+    axis = axes[0][0]
+    for cell in cells:
+        column, row = budgets.index((cell["share"], cell["experts"])), names.index(cell["link"])
+        axis.add_patch(
+            Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_shade(cell["hit_rate"]), edgecolor="white")
+        )
+        share = cell["predicted_link_share"]
+        words = f"{cell['hit_rate']:.1%}\nlink {share:.2f}" if share is not None else f"{cell['hit_rate']:.1%}"
+        axis.text(column, row, words, ha="center", va="center", fontsize=10)
+        if cell["fits"]:
+            corner = (column - 0.46, row - 0.46)
+            axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#000000", linewidth=2.5))
+    rhos = {cell["link"]: cell["rho"] for cell in cells}
+    axis.set_yticks(range(len(names)), [n if n.startswith("ρ") else f"{n}\nρ {rhos[n]:.2f}" for n in names])
+    axis.set_xticks(range(len(budgets)), [experts for _, experts in budgets])
+    axis.set_xlim(-0.5, len(budgets) - 0.5)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlabel(
+        "experts in memory\nframed: the predicted bytes of a layer fit the link in its compute time (link ≤ 1)"
+    )
+    axis.grid(False)
+    axis.set_title(f"{document['store']}: hit rate of {region['system']} while decoding", fontsize=11)
+    return figure
+
+
+def _shade(hit_rate: float) -> tuple[float, float, float]:
+    """White at 80% and below, the darkest at 100%, where text is still read on it."""
+    strength = max(hit_rate - 0.8, 0.0) / 0.2
+    return (1 - 0.65 * strength, 1 - 0.30 * strength, 1 - 0.45 * strength)
+
+
 def _timelines(document: Row, cell: Row) -> Any:
-    """One panel a system, all with the same time axis: what the layers do above, what the link carries below."""
+    """One panel a system, all with the same time axis: what the layers do above, what the link carries below. The axis
+    ends with the slowest that caches: beside one that does not, the others could not be read."""
     from matplotlib.patches import Patch
 
     timelines = {name: cell["timelines"][name] for name in document["comparison"]["systems"]}
     figure, axes = _figure(len(timelines), 1, 12, 1.0 + 1.35 * len(timelines))
+    caching = [timeline["seconds"] for system, timeline in timelines.items() if system != _UNCACHED]
+    end_s = 1.02 * max(caching or [timeline["seconds"] for timeline in timelines.values()])
     for (system, timeline), axis in zip(timelines.items(), axes[:, 0]):
         _lanes(axis, timeline)
-        axis.set_title(f"{system}: {1000 * timeline['seconds']:.1f} ms", fontsize=10, loc="left")
-    axes[0][0].set_xlim(0, 1020 * max(timeline["seconds"] for timeline in timelines.values()))
+        beyond = " (goes on to the right)" if timeline["seconds"] > end_s else ""
+        axis.set_title(f"{system}: {1000 * timeline['seconds']:.1f} ms{beyond}", fontsize=10, loc="left")
+    axes[0][0].set_xlim(0, 1000 * end_s)
     axes[-1][0].set_xlabel("ms since the token began (thin lines: a layer's routing is known; thick: the token's end)")
     figure.suptitle(f"One decoded token, {link_title(document, cell['link'])}, {cell['experts']} of experts in memory")
     legend = [("experts compute", _COMPUTE), ("stall", _STALL), ("prediction", _PREDICT)]

@@ -17,6 +17,8 @@ from fate.core import StepStats
 from fate.runtime.session import RunStats
 
 BASELINES = ("load-on-demand-uncached", "load-on-demand", "eap")
+CACHING_BASELINES = BASELINES[1:]
+ORACLE = "fate-oracle"
 PHASES = ("decode", "prefill")
 
 
@@ -77,17 +79,27 @@ def system_row(
         "repeats": [_repeat(run) for run in own],
     }
     for name in PHASES:
-        seconds_per_token = compute.prefill_s_per_token if name == "prefill" else compute.decode_s_per_token
-        row[name] = _phase_row([run.phase(name) for run in own], seconds_per_token, bytes_per_s)
-        row[name]["speedup_over"] = {
+        phase = row[name] = _phase_row([run.phase(name) for run in own], name, compute, bytes_per_s)
+        phase["speedup_over"] = {
             baseline: paired_ratio(_speeds(own, name), _speeds(runs[baseline], name))
-            for baseline in BASELINES
+            for baseline in (*BASELINES, ORACLE)
             if baseline in runs and baseline != system
         }
+        for baseline in set(CACHING_BASELINES) & set(phase["speedup_over"]):
+            theirs = [run.phase(name) for run in runs[baseline]]
+            phase["speedup_over"][baseline]["at_most"] = _at_most(theirs, name, compute, bytes_per_s)
+        if ORACLE in runs and is_ours(system):
+            perfect = _counted([run.phase(name) for run in runs[ORACLE]]).hit_rate
+            phase["hits_of_perfect"] = phase["hit_rate"] / perfect if perfect else None
         if name in minimum:
-            row[name]["belady_bytes_per_token"] = minimum[name]
-            row[name]["bytes_over_belady"] = row[name]["bytes_per_token"] / minimum[name] if minimum[name] else None
+            phase["belady_bytes_per_token"] = minimum[name]
+            phase["bytes_over_belady"] = phase["bytes_per_token"] / minimum[name] if minimum[name] else None
     return row
+
+
+def is_ours(system: str) -> bool:
+    """Called fate, or fate-..., and no oracle."""
+    return system.split("-")[0] == "fate" and not system.startswith(ORACLE)
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
@@ -96,25 +108,55 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, An
     return {"median": median(ratios), "range": [ratios[0], ratios[-1]]}
 
 
-def _phase_row(phases: Sequence[Phase], compute_s_per_token: float, bytes_per_s: float) -> dict[str, Any]:
-    """Speeds are medians, counters are summed over repeats."""
-    stats = sum((phase.stats for phase in phases), StepStats())
-    tokens = sum(phase.tokens for phase in phases)
+def _phase_row(phases: Sequence[Phase], name: str, compute: Compute, bytes_per_s: float) -> dict[str, Any]:
+    """Speeds are medians, counters are summed over repeats. link_bound: the bytes moved take longer than computing."""
+    stats, tokens = _counted(phases), sum(phase.tokens for phase in phases)
+    compute_s = compute.s_per_token(name)
+    predicted_s = _predicted_s(stats, compute, bytes_per_s)
     speeds = sorted(phase.tokens_per_s for phase in phases)
-    bounds = [bound_s(compute_s_per_token * p.tokens, p.stats.bytes_moved, bytes_per_s) for p in phases]
+    bounds = [bound_s(compute_s * p.tokens, p.stats.bytes_moved, bytes_per_s) for p in phases]
     return {
         "tokens_per_s": median(speeds),
         "tokens_per_s_range": [speeds[0], speeds[-1]],
         "hit_rate": stats.hit_rate,
         "recall": stats.recall if stats.asked else None,
-        "coverage": stats.coverage,
+        "coverage": stats.coverage if stats.asked else None,
         "bytes_per_token": stats.bytes_moved / tokens,
         # What one phase reads ahead and the next uses would count as less than no waste in the latter.
         "wasted_bytes_per_token": max(stats.wasted_bytes, 0) / tokens,
         "stall_share": stats.stall_share,
         "bound_s_per_token": median(bound / p.tokens for bound, p in zip(bounds, phases)),
         "time_over_bound": median(p.seconds / bound for bound, p in zip(bounds, phases)),
+        "link_bound": stats.bytes_moved / bytes_per_s > compute_s * tokens,
+        "predicted_link_share": predicted_s / (compute_s * tokens) if stats.asked else None,
     }
+
+
+def _predicted_s(stats: StepStats, compute: Compute, bytes_per_s: float) -> float:
+    """What the link needs for all that was predicted and not cached: experts that proved right, whether or not they
+    arrived (counted as records, for what did not arrive has no bytes), and the bytes read for those that did not."""
+    return stats.covered * compute.transfer_s(bytes_per_s) + max(stats.wasted_bytes, 0) / bytes_per_s
+
+
+def _at_most(theirs: Sequence[Phase], name: str, compute: Compute, bytes_per_s: float) -> float:
+    """What overlapping transfers with compute could gain over these phases of a baseline."""
+    compute_s = compute.s_per_token(name) * sum(phase.tokens for phase in theirs)
+    return overlap_ceiling(compute_s, _counted(theirs), compute.transfer_s(bytes_per_s))
+
+
+def overlap_ceiling(compute_s: float, stats: StepStats, transfer_s: float) -> float:
+    """(1 + m rho) / max(1, u rho), both in seconds: a baseline that waits for each of its misses (m a layer), against
+    one that moves what the baseline's cache lacked (u a layer; m where nothing is prefetched), perfectly overlapped.
+    See docs/overlap.md.
+
+    >>> overlap_ceiling(1.0, StepStats(accesses=10, hits=6, uncached=4), 0.25)
+    2.0
+    """
+    return (compute_s + stats.misses * transfer_s) / max(compute_s, stats.uncached * transfer_s)
+
+
+def _counted(phases: Sequence[Phase]) -> StepStats:
+    return sum((phase.stats for phase in phases), StepStats())
 
 
 def _speeds(runs: Sequence[Run], phase: str) -> list[float]:
@@ -131,11 +173,30 @@ def _layer_hit_rates(runs: Sequence[Run]) -> dict[str, list[float]]:
 
 
 def _repeat(run: Run) -> dict[str, Any]:
-    return {
-        name: {"seconds": run.phase(name).seconds, "tokens": run.phase(name).tokens, **_counters(run.phase(name).stats)}
-        for name in PHASES
-    }
+    """What `repeated_run` needs."""
+    return {name: _repeated_phase(run.phase(name), [getattr(layer, name) for layer in run.layers]) for name in PHASES}
 
 
-def _counters(stats: StepStats) -> dict[str, Any]:
-    return {name: value for name, value in asdict(stats).items() if name not in ("tokens", "forwards")}
+def _repeated_phase(phase: Phase, layers: Sequence[StepStats]) -> dict[str, Any]:
+    counters = {name: value for name, value in asdict(phase.stats).items() if name not in ("tokens", "forwards")}
+    by_layer = {name: [getattr(stats, name) for stats in layers] for name in ("accesses", "hits")}
+    return {"seconds": phase.seconds, "tokens": phase.tokens, **counters, "by_layer": by_layer}
+
+
+def repeated_run(repeat: Mapping[str, Any], num_requests: int, slots: int, notes: Sequence[str]) -> Run:
+    """The run that `repeat`, of a row's "repeats", tells of; of its layers only accesses and hits are known."""
+    phases: dict[str, Phase] = {}
+    layers: dict[str, list[StepStats]] = {}
+    for name in PHASES:
+        counters = dict(repeat[name])
+        seconds, tokens, by_layer = (counters.pop(key) for key in ("seconds", "tokens", "by_layer"))
+        phases[name] = Phase(seconds, tokens, StepStats(tokens=tokens, **counters))
+        layers[name] = [
+            StepStats(accesses=accesses, hits=hits)
+            for accesses, hits in zip(by_layer["accesses"], by_layer["hits"], strict=True)
+        ]
+    pairs = zip(layers["prefill"], layers["decode"], strict=True)
+    ttft_s = phases["prefill"].seconds / num_requests
+    return Run(
+        phases["prefill"], phases["decode"], ttft_s, tuple(RunStats(*pair) for pair in pairs), slots, tuple(notes)
+    )

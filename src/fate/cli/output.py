@@ -111,8 +111,10 @@ def step_progress() -> Iterator[Callable[[int, int, str], None]]:
     start = time.monotonic()
 
     def words(done: int, total: int, what: str) -> str:
-        minutes = (time.monotonic() - start) / done * (total - done) / 60 if done else None
-        return what if minutes is None else f"{what} · {max(minutes, 1):.0f} min left"
+        if not done:
+            return what
+        step_s = (time.monotonic() - start) / done
+        return f"{what} · {step_s:.0f} s a step · {max(step_s * (total - done) / 60, 1):.0f} min left"
 
     with _bar(TextColumn("{task.completed}/{task.total}")) as update:
         yield lambda done, total, what: update(done, total, words(done, total, what))

@@ -43,6 +43,10 @@ class PredictorContext:
 
 
 class Predictor(ABC):
+    """needs_future: it is told what will be routed (`oracle.py`), which only who runs the same again can."""
+
+    needs_future = False
+
     def __init__(self, context: PredictorContext) -> None:
         self.context = context
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fate
-from fate.convert import convert
+from fate.conversion import convert
 from fate.runtime.switch import PrefetchSwitch
 from fate.synth import byte_tokenizer
 from runtime_support import stepwise_logits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fate.core import Precision
-from fate.kernels import experts_swiglu, linear, native
+from fate.kernels import experts, linear, native
 from packed_records import DEPTHS, expert_layout, matrix_layout, random_record
 
 SOURCES = Path(native.__file__).parent / "cpu"
@@ -45,7 +45,7 @@ def test_experts_have_the_portable_bits(compiled_kernel: str, codec: str, precis
 
     def rows() -> Tensor:
         out = torch.empty(33, 1, 192)
-        experts_swiglu(x, record, layout, [0], [precision], [0, 33], pairs, out)
+        experts(x, record, layout, [0], [precision], [0, 33], pairs, out)
         return out
 
     ours = rows()

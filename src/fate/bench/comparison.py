@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fate.errors import UsageError
@@ -88,7 +88,7 @@ class Workload:
         while self.recorded and left > 0:
             again = self.recorded[-1 - (len(found) - len(self.recorded)) % len(self.recorded)]
             new_tokens = min(left, self.context - _SHORT_PROMPT)
-            found.append(Request(again.file, again.ids[:, -new_tokens - _SHORT_PROMPT :], _SHORT_PROMPT))
+            found.append(replace(again, ids=again.ids[:, -new_tokens - _SHORT_PROMPT :], prompt_tokens=_SHORT_PROMPT))
             left -= new_tokens
         return found
 

@@ -93,12 +93,12 @@ def train(
         model = AutoModelForCausalLM.from_config(geometry(layers, len(encoder)), **how)
     model.to(device)
     shards = shards or (1 if device != "cpu" else os.cpu_count() or 1)
-    training = Training(model, Sequences(text, encoder, recipe.length, seed), recipe, min(shards, recipe.sequences))
-    if (output / CHECKPOINT).exists():
-        try:
+    try:
+        training = Training(model, Sequences(text, encoder, recipe.length, seed), recipe, shards)
+        if (output / CHECKPOINT).exists():
             training.resume(output / CHECKPOINT)
-        except (ValueError, RuntimeError) as error:
-            raise SystemExit(f"error: {output / CHECKPOINT}: {str(error).splitlines()[0]}") from None
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {output}: {str(error).splitlines()[0]}") from None
     _run(training, recipe, output)
     save_model(model, output)
 

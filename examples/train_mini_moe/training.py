@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -62,6 +62,8 @@ class Training:
     """`run` trains `model` (float32, on its device; bfloat16 products) from `step` to the recipe's end."""
 
     def __init__(self, model: PreTrainedModel, sequences: Sequences, recipe: Recipe, shards: int) -> None:
+        if recipe.sequences % shards:
+            raise ValueError(f"{recipe.sequences} sequences cannot be shared by {shards} shards: choose a multiple")
         self.step = 0
         self._model, self._sequences, self._recipe = model.train(), sequences, recipe
         self._balance = LayerBalance(model)
@@ -115,6 +117,7 @@ class Training:
         """Everything a run needs to go on, whole or not at all."""
         state = {
             "step": self.step,
+            "recipe": self._kept(),
             "model": self._model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
@@ -122,12 +125,18 @@ class Training:
         torch.save(state, partial)
         os.replace(partial, path)
 
+    def _kept(self) -> dict[str, object]:
+        """What a run that goes on must have in common with what it goes on from."""
+        return {name: value for name, value in asdict(self._recipe).items() if name != "steps"} | {
+            "shards": self._shards
+        }
+
     def resume(self, path: Path) -> None:
-        """Go on where `save` left off; the recipe may have another number of steps. Raises ValueError for a
-        checkpoint of another number of shards."""
+        """Go on where `save` left off; only the number of steps may have changed. Raises ValueError."""
         state = torch.load(path, map_location=self._model.device)
-        if len(state["optimizers"]) != len(self._optimizers):
-            raise ValueError(f"{path} was saved with {len(state['optimizers']) - 1} shards, not {self._shards}")
+        for name, value in self._kept().items():
+            if (saved := state["recipe"][name]) != value:
+                raise ValueError(f"it was saved with {name}={saved}, not {value}: give the same, or another --output")
         self._model.load_state_dict(state["model"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)

@@ -26,6 +26,7 @@ from fate.memory import (
     format_bytes,
     parse_experts,
     parse_memory,
+    resident_bytes,
 )
 from fate.store.ahead import DenseWeights
 from fate.store.files import PACKED_FILE, is_store, read_config
@@ -121,7 +122,8 @@ def read_ahead(model: str | os.PathLike[str], memory: str | int | None) -> Itera
         return
     with DenseWeights(store) as dense:
         budget = min(default_budget() if memory is None else parse_memory(memory), available_bytes())
-        if (file := store / PACKED_FILE).is_file() and file.stat().st_size + IMPORTS_BYTES <= budget:
+        imports = max(IMPORTS_BYTES, resident_bytes() + IMPORTS_BYTES // 2)  # some may be resident already
+        if (file := store / PACKED_FILE).is_file() and file.stat().st_size + imports <= budget:
             dense.start()
         yield dense
 

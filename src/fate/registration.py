@@ -2,7 +2,7 @@
 
 transformers has no entry points for quantizers, and its registry is a module that takes seconds to import. So where it
 is not imported yet, a finder waits for that one module (`sys.meta_path`, as importlib documents it): it has the module
-found and run as always, then registers, and is gone. Nothing of transformers is changed.
+found and run as always, then registers. Nothing of transformers is changed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,20 @@ def _register() -> None:
 
 
 class _RegistryFinder(MetaPathFinder):
+    """Stays: the module's first import may fail, and another thread may be searching `sys.meta_path`."""
+
+    _busy = False
+
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != REGISTRY:
+        if name != REGISTRY or self._busy:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._busy = True  # the search below comes here too
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._busy = False
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
         return spec

@@ -6,7 +6,7 @@ fully resident model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fate.cache import ALLOCATIONS, NEEDS_COSTS, POLICIES
 from fate.errors import NeedsFutureError, UnknownNameError
@@ -119,11 +119,11 @@ for _system in (
 # `fate` with a perfect predictor. They are told the routing to come, so only a comparison, which has recorded it, can
 # run them: as values, since their names are not for `fate.load`.
 ORACLES = {
-    name: System(
-        name,
+    name: replace(
+        SYSTEMS.get("fate"),
+        name=name,
         predictor=predictor,
-        policy="arc",
-        early_routing=True,
+        switches_off=False,
         source="fate, its predictor never wrong: what better prediction could gain",
     )
     for name, predictor in (("fate-oracle", "oracle"), ("fate-oracle-far", "oracle-far"))

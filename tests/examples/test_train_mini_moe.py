@@ -169,6 +169,24 @@ def test_training_learns_and_resumes_to_the_bit(tmp_path):
         assert torch.equal(expected, found)
 
 
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    corpus = Corpus()
+    corpus.add("word problems", [" ".join(WORDS)] * 40)
+    tokenizer = train_tokenizer(corpus, 300)
+
+    def training(**changes):
+        model = tiny_model("eager", layers=1).float()
+        recipe = Recipe(**({"steps": 2, "sequences": 4, "length": 16} | changes))
+        return Training(model, Sequences(corpus, tokenizer, 16, seed=0), recipe, shards=2)
+
+    training().save(tmp_path / "checkpoint.pt")
+    training(steps=3).resume(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="sequences=4, not 8"):
+        training(sequences=8).resume(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="3 sequences cannot be shared by 2"):
+        training(sequences=3)
+
+
 def test_a_corpus_that_is_none_is_one_line(tmp_path):
     for corpus in (tmp_path / "nothing", tmp_path):
         with pytest.raises(SystemExit) as stopped:

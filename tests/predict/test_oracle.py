@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from fate.core import Routing
 from fate.errors import UsageError
 from fate.predict import PREDICTORS, PredictorContext
 from fate.predict.oracle import Oracle
+from fate.systems import ORACLES, resolve_system
 from fate.trace import TraceStep
 
 LAYERS = 4
@@ -73,3 +76,10 @@ def test_a_request_that_was_not_foretold() -> None:
     made.begin_request()
     with pytest.raises(UsageError, match="fate bench systems"):
         made.predict(Routing(0, {10: 1}), None)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_an_oracle_is_fate_but_for_its_predictor(name: str) -> None:
+    """Else a comparison with it would measure something else too."""
+    fate, oracle = (asdict(system) for system in (resolve_system("fate"), ORACLES[name]))
+    assert {key for key in fate if fate[key] != oracle[key]} == {"name", "predictor", "switches_off", "source"}

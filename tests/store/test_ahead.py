@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -116,3 +118,30 @@ def test_weights_of_another_store_are_refused(store: Path, damaged: Path) -> Non
 def test_a_checkpoint_has_nothing_to_read_ahead(tmp_path: Path) -> None:
     with read_ahead(tmp_path, None) as dense:
         assert dense is None
+
+
+@pytest.mark.parametrize("offsets", [[0, 4.5], ["0", "4"], [0, 4, 8], [8, 4], [-8, 4]])
+def test_offsets_that_are_none(damaged: Path, offsets: list[object]) -> None:
+    file = damaged / PACKED_FILE
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + length])
+    table[next(name for name in table if name != "__metadata__")]["data_offsets"] = offsets
+    file.write_bytes(content[:8] + json.dumps(table).encode().ljust(length)[:length] + content[8 + length :])
+    with DenseWeights(damaged) as dense, pytest.raises(StoreError, match="header"):
+        dict(dense.matrices())
+
+
+def test_weights_that_were_let_go_say_so(store: Path) -> None:
+    with DenseWeights(store) as dense:
+        pass
+    with pytest.raises(UsageError, match="read ahead again"):
+        dict(dense.matrices())
+
+
+def test_a_copy_in_another_process_reads_anew(store: Path) -> None:
+    with DenseWeights(store) as dense:
+        expected = {name: bytes(view) for name, view in dense.matrices()}
+        copy = pickle.loads(pickle.dumps(dense))
+    with copy:
+        assert {name: bytes(view) for name, view in copy.matrices()} == expected

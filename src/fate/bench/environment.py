@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from xxhash import xxh64_hexdigest
 
 from fate import kernels
 
@@ -19,6 +20,7 @@ def environment() -> dict[str, Any]:
     """Commit (of a source checkout), versions, processor, threads and kernels."""
     return {
         "commit": _commit(),
+        "fate": metadata.version("fate-moe"),
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
         "processor": _processor(),
@@ -41,8 +43,14 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """With -dirty and a digest of the changes where there are any."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def ask(*words: str) -> str:
+        return subprocess.run([*git, *words], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        commit = ask("describe", "--always", "--dirty")
+        return f"{commit}-{xxh64_hexdigest(ask('diff', 'HEAD').encode())[:8]}" if commit.endswith("-dirty") else commit
     except (OSError, subprocess.SubprocessError):
         return None

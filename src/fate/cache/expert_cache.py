@@ -40,7 +40,8 @@ class Entry(Generic[T]):
     """One resident (or arriving) expert.
 
     staged: in the transient region. precision: what the slot holds (None: nothing yet). transfer: the read under way.
-    prefetched: read before it was asked for; confidence: of that guess. early: demanded ahead of the access.
+    prefetched: read before it was asked for; confidence: of that guess; guessed_bytes: what of it
+    had been read when an early word of the router confirmed it. early: demanded ahead of the access.
     """
 
     key: ExpertKey
@@ -50,6 +51,7 @@ class Entry(Generic[T]):
     transfer: T | None = None
     prefetched: bool = False
     confidence: float = 0.0
+    guessed_bytes: int | None = None
     early: bool = False
 
 

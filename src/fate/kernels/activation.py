@@ -34,6 +34,10 @@ class ExpertActivation:
     up_limit: float = inf
     up_offset: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.kind == "silu_softcap" and not self.gated:
+            raise ValueError("silu_softcap is of two halves: gated must be true")
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """The first matrix's output [tokens, 2 * inner], or [tokens, inner] where nothing gates -> [tokens, inner], in
         the dtype of `hidden`."""

@@ -38,6 +38,10 @@ class PackedMatrix:
         self._bytes = holder.layout.record_bytes
         self._record: object = native.record(holder.layout)
 
+    def __reduce__(self) -> tuple[type[PackedMatrix], tuple[Holder]]:
+        """Copied and pickled with its holder: the extension's record is made again."""
+        return PackedMatrix, (self.holder,)
+
     def address(self, dtype: torch.dtype) -> tuple[object, int, int]:
         """What the extension reads; ValueError where memory does not hold what the layout says."""
         packed, bias = self.holder.packed, self.holder.bias

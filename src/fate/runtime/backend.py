@@ -65,6 +65,7 @@ class LayerRuntime:
         """The router's word (pairs of each expert) before the model itself asks for it: demand what is missing now
         (see `early.py`)."""
         manager = self.manager
+        self._early = None
         with manager.lock:
             if not manager.sound:
                 return
@@ -95,6 +96,7 @@ class LayerRuntime:
         """Demand what is missing and guess what comes after, unless that was done early, on the same word."""
         early, self._early = self._early, None
         gate_input, self._gate_input = self._gate_input, None
+        early = early if self.manager.sound else None
         lease = self.manager.begin(self._routing(work.pairs_per_expert, work.x.shape[0]))
         if early != work.pairs_per_expert:
             self._predict(lease.routing, gate_input)
@@ -241,7 +243,7 @@ class _OneToken(_Work):
 @functools.lru_cache(maxsize=1024)
 def _one_tokens_pairs(ranks: tuple[int, ...]) -> torch.Tensor:
     """int32 [ranks, 2] of (0, rank), to be read only: a tensor of eight numbers takes longer to make than to find."""
-    return torch.tensor([(0, rank) for rank in ranks], dtype=torch.int32)
+    return torch.tensor([(0, rank) for rank in ranks], dtype=torch.int32, device="cpu")
 
 
 def pairs_per_expert(index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> dict[int, int]:

@@ -12,6 +12,7 @@ residency outside of a lease does so inside `between_leases`, with the same effe
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -147,10 +148,11 @@ class ExpertManager:
         wanted = self.precision.choose(routing, missing)
         for expert, entry in zip(routing.experts, found, strict=True):
             if entry is not None:
+                entry.confidence = math.inf  # as a guess it is confirmed: none takes its place
                 if entry.transfer is not None and not entry.transfer.finished:
-                    self.scheduler.upgrade(entry.transfer)
+                    entry.guessed_bytes = self.scheduler.upgrade(entry.transfer)
             elif (entry := self.stage_for_demand(ExpertKey(routing.layer, expert), early=True)) is not None:
-                entry.early, entry.confidence = True, 1.0
+                entry.early, entry.confidence = True, math.inf
                 self.demand(entry, wanted[expert])
             else:
                 return
@@ -274,14 +276,14 @@ class ExpertManager:
             self._draining.append((entry.transfer, entry.slot))
 
     def stage_for_demand(self, key: ExpertKey, *, early: bool = False) -> Slot | None:
-        """A transient slot for an expert that is needed now; guesses give way, and unless it is `early` too, what was
-        demanded early. None: all hold needed experts."""
+        """A transient slot for an expert that is needed now, guesses giving way. early: routing is known, but no lease
+        has pinned what it needs, which is all that the layer has staged. None: all hold needed experts."""
         self.reap()
         entry = self.cache.stage(key)
         if entry is not None:
             return entry
         for guess in sorted(self.cache.staged(), key=lambda staged: staged.confidence):
-            if guess.key not in self.cache.pinned and not (early and guess.early):
+            if guess.key not in self.cache.pinned and not (early and guess.key.layer == key.layer):
                 self.drop_staged(guess)
                 if (entry := self.cache.stage(key)) is not None:
                     return entry
@@ -325,8 +327,15 @@ class ExpertManager:
             if entry is not None:
                 s.prefetch_hits += enough
                 s.late_prefetches += not enough
-                span = self.header.layout(routing.layer).span(None, entry.precision or precision)
-                s.prefetch_used_bytes += self.scheduler.upgrade(entry.transfer) if entry.transfer else span[1]
+                s.prefetch_used_bytes += self._guessed_bytes(entry, precision)
+
+    def _guessed_bytes(self, entry: Slot, wanted: Precision) -> int:
+        """What of a guess had been read before a layer was known to want it."""
+        if entry.guessed_bytes is not None:
+            return entry.guessed_bytes
+        if entry.transfer is not None:
+            return self.scheduler.upgrade(entry.transfer)
+        return self.header.layout(entry.key.layer).span(None, entry.precision or wanted)[1]
 
     def _transfer(self, entry: Slot, wanted: Precision) -> Transfer:
         span = self.header.layout(entry.key.layer).span(entry.precision, wanted)

@@ -23,7 +23,7 @@ from types import TracebackType
 
 import xxhash
 
-from fate.errors import StoreError
+from fate.errors import StoreError, UsageError
 from fate.store.files import PACKED_FILE, check_tensor, open_direct, read_checksums
 from fate.store.format import PAGE_BYTES, align_up
 
@@ -57,11 +57,18 @@ class DenseWeights:
         """transformers copies configurations, and the options of a load are in one."""
         return self
 
+    def __reduce__(self) -> tuple[type[DenseWeights], tuple[Path]]:
+        """And they are pickled, for other processes: what is read there is read anew."""
+        return DenseWeights, (self.store,)
+
     def start(self) -> None:
-        """Begin to read, if that has not begun."""
+        """Begin to read, if that has not begun. Raises UsageError once closed."""
+        if self._stop:
+            raise UsageError(f"the weights read ahead of {self.store} were let go: read ahead again for another load")
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="fate-dense-weights", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="fate-dense-weights", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def wait(self) -> int:
         """Until what was started has read everything, or has failed; the bytes resident because of it."""
@@ -130,9 +137,15 @@ def _read_header(file: Path) -> tuple[int, list[tuple[str, int, int]]]:
         header = f.read(min(length, file.stat().st_size))
     try:
         table = json.loads(header)
-        spans = [(name, *entry["data_offsets"]) for name, entry in table.items() if name != "__metadata__"]
+        spans = [(name, *_span(*entry["data_offsets"])) for name, entry in table.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StoreError(f"{file} has no readable header: convert the checkpoint again") from None
     if (8 + length) % PAGE_BYTES:  # the writer pads it
         raise StoreError(f"{file} does not begin its data on a page: convert the checkpoint again")
     return 8 + length, sorted(spans, key=lambda span: span[2])
+
+
+def _span(start: int, end: int) -> tuple[int, int]:
+    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
+        raise ValueError("not a span of bytes")
+    return start, end

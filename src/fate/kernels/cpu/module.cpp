@@ -75,6 +75,7 @@ void bind_linear(const Record& record, int index, bool prefix_only, uint64_t pac
 ExpertActivation make_activation(int kind, bool gated, bool interleaved, float alpha, float gate_max, float act_max,
                                  float up_limit, float up_offset) {
     require(kind >= 0 && kind <= static_cast<int>(ActivationKind::kSiluSoftcap), "no activation has this number");
+    require(gated || static_cast<ActivationKind>(kind) != ActivationKind::kSiluSoftcap, "softcaps are of two halves");
     return {static_cast<ActivationKind>(kind), gated, interleaved, alpha, gate_max, act_max, up_limit, up_offset};
 }
 

@@ -61,7 +61,8 @@ class FusedAttention(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args and (norms := self._takes(**kwargs)) is not None:
             hidden, rotary = kwargs["hidden_states"], kwargs["position_embeddings"]
-            if self.agrees(hidden.dtype, hidden, rotary, norms, kwargs):
+            form = (*(name for name in _HARMLESS if kwargs.get(name) is not None), rotary[0].shape[2])
+            if self.agrees(hidden.dtype, hidden, rotary, norms, kwargs, also=form):
                 return self._quick(hidden, rotary, norms, kwargs["past_key_values"]), None
         return super().forward(*args, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -36,11 +36,12 @@ class Fused(nn.Module):
         module.__class__ = type(own.__name__, (cls, own), {"__module__": own.__module__, "__doc__": own.__doc__})
         module.__dict__["_agrees"] = {}
 
-    def agrees(self, dtype: torch.dtype, *inputs: Any) -> bool:
-        """Whether the quick way gives what the module itself gives; tried once for each dtype. inputs: `_trial`'s."""
-        known: dict[torch.dtype, bool] = self.__dict__["_agrees"]
-        if (answer := known.get(dtype)) is None:
-            answer = known[dtype] = self._try(dtype, inputs)
+    def agrees(self, dtype: torch.dtype, *inputs: Any, also: Hashable = None) -> bool:
+        """Whether the quick way gives what the module itself gives; tried once for each dtype, and `also` for whatever
+        else the answer may depend on. inputs: `_trial`'s."""
+        known: dict[Hashable, bool] = self.__dict__["_agrees"]
+        if (answer := known.get((dtype, also))) is None:
+            answer = known[dtype, also] = self._try(dtype, inputs)
         return answer
 
     def _try(self, dtype: torch.dtype, inputs: tuple[Any, ...]) -> bool:

@@ -36,7 +36,7 @@ class FusedMLP(Fused):
         module.__dict__["_matrices"] = matrices(module, _LINEARS)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and may_be_quick(args[0]) and self._takes(args[0]):
+        if len(args) == 1 and not kwargs and not self.training and may_be_quick(args[0]) and self._takes(args[0]):
             x: Tensor = args[0]
             if self.agrees(x.dtype, x.dtype):
                 return self._quick(x)

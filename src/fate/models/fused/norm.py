@@ -30,7 +30,7 @@ class FusedRMSNorm(Fused):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and may_be_quick(args[0]):
+        if len(args) == 1 and not kwargs and not self.training and may_be_quick(args[0]):
             x: Tensor = args[0]
             norm = self.quick_norm(x.dtype)
             if norm is not None and x.shape[-1] == norm.weight.shape[0]:

@@ -13,6 +13,7 @@ from fate.kernels.native import DTYPE_CODES
 from fate.models.fused.base import Answer, Fused, may_be_quick, own_tensors
 
 _TOKENS = 8
+_OF_GROUPS = ("n_group", "num_group", "topk_group")  # experts chosen within groups: too rarely seen in a trial
 _SCALES = (0.01, 1.0, 30.0)  # small ones first: then probabilities of the chosen are far from their shares
 
 
@@ -32,36 +33,52 @@ class FusedRouter(Fused):
             and weight is not None
             and weight.dim() == 2
             and isinstance(module.__dict__.get("top_k"), int)
+            and all(module.__dict__.get(name) in (None, 1) for name in _OF_GROUPS)
         )
 
+    @classmethod
+    def take(cls, module: nn.Module) -> None:
+        super().take(module)
+        module.__dict__["_manners"] = {}
+
+    def _settings(self) -> tuple[int, Any]:
+        """What a user may change between two calls."""
+        return self.top_k, self.__dict__.get("norm_topk_prob")
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and may_be_quick(args[0]):
+        if len(args) == 1 and not kwargs and not self.training and may_be_quick(args[0]):
             x: Tensor = args[0]
             weight = self._parameters["weight"]
-            if weight is not None and _fits(weight, x) and self.agrees(x.dtype, x):
+            if weight is not None and _fits(weight, x) and self.agrees(x.dtype, x, also=self._settings()):
                 return self._quick(x)
         return super().forward(*args, **kwargs)
 
     def _quick(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        normalizes, score_dtype = self.__dict__["_manner"]
+        normalizes, score_dtype = self.__dict__["_manners"][x.dtype, self._settings()]
         weight = self._parameters["weight"]
         assert weight is not None
         return route(x, weight, self.top_k, normalizes, score_dtype)
 
     def _trial(self, generator: torch.Generator, given: Tensor) -> Iterable[tuple[Answer, Answer]]:
         """Of near ties either may be chosen: what was chosen is compared by its probabilities."""
-        for scale in _SCALES:
-            for _ in range(_TOKENS):
-                x = (torch.randn(given.shape, generator=generator) * scale).to(given.dtype)
-                logits, scores, indices = super().forward(x)
-                if "_manner" not in self.__dict__:
-                    if scores.dtype not in DTYPE_CODES:
-                        raise ValueError(f"its scores are {scores.dtype}")
-                    whole = bool((scores.double().sum() - 1).abs() < 0.01)
-                    self.__dict__["_manner"] = (whole, scores.dtype)
-                ours = self._quick(x)
-                shares = logits.float().softmax(dim=-1)
-                yield (*ours[:2], shares.gather(1, ours[2])), (logits, scores, shares.gather(1, indices))
+        weight = self._parameters["weight"]
+        assert weight is not None
+        drawn = (torch.randn(given.shape, generator=generator) * s for s in _SCALES for _ in range(_TOKENS))
+        asked = [(x, super(FusedRouter, self).forward(x)) for x in (some.to(given.dtype) for some in drawn)]
+        if (dtype := asked[0][1][1].dtype) not in DTYPE_CODES:
+            raise ValueError(f"its scores are {dtype}")
+        errors = {
+            whole: sum(
+                float((route(x, weight, self.top_k, whole, dtype)[1].double() - scores.double()).abs().sum())
+                for x, (_, scores, _) in asked
+            )
+            for whole in (False, True)
+        }
+        self.__dict__["_manners"][given.dtype, self._settings()] = (errors[True] < errors[False], dtype)
+        for x, (logits, scores, indices) in asked:
+            ours = self._quick(x)
+            shares = logits.float().softmax(dim=-1)
+            yield (*ours[:2], shares.gather(1, ours[2])), (logits, scores, shares.gather(1, indices))
 
 
 def _fits(weight: Tensor, x: Tensor) -> bool:

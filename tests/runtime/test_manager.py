@@ -1,0 +1,69 @@
+"""What an early word of the router does to guesses, step by step, with reads that end when the test says so."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from fate.cache import POLICIES
+from fate.cache.expert_cache import ExpertCache
+from fate.core import ExpertKey, Precision, Prediction, Routing
+from fate.runtime.manager import ExpertManager
+from fate.transfer.scheduler import State
+
+EXPERT_BYTES = 10
+
+
+class Reads:
+    """A scheduler whose log says what was asked; nothing is read."""
+
+    def __init__(self):
+        self.log = []
+
+    def demand(self, transfer):
+        self.log.append(("demand", transfer.key))
+
+    def prefetch(self, transfer):
+        self.log.append(("prefetch", transfer.key))
+        return True
+
+    def cancel(self, transfer):
+        self.log.append(("cancel", transfer.key))
+        return True
+
+    def upgrade(self, transfer):
+        transfer.demand = True
+        return 4  # bytes that had come by then
+
+
+@pytest.fixture
+def manager():
+    """Three layers of eight experts, one cached each, two transient slots."""
+    layout = SimpleNamespace(span=lambda held, wanted: (0, EXPERT_BYTES))
+    header = SimpleNamespace(layers=[SimpleNamespace(num_experts=8)] * 3, layout=lambda layer: layout)
+    precision = SimpleNamespace(choose=lambda routing, missing: dict.fromkeys(routing.experts, Precision.FULL))
+    return ExpertManager(header, ExpertCache([1, 1, 1], 2, POLICIES.get("lru")), Reads(), precision)
+
+
+def early(manager, routing, *predictions):
+    with manager.between_leases():
+        manager.demand_early(routing)
+        manager.guess(predictions)
+
+
+def test_a_guess_that_an_early_word_confirms_stays(manager):
+    """However likely guesses of later layers are, and although a sibling needs a slot too."""
+    manager.guess([Prediction(0, ((3, 0.3),))])
+    early(manager, Routing(0, {3: 1, 4: 1}), Prediction(1, ((5, 0.9),)))
+    assert manager.scheduler.log == [("prefetch", ExpertKey(0, 3)), ("demand", ExpertKey(0, 4))]
+    assert {entry.key.expert for entry in manager.cache.staged()} == {3, 4}
+
+
+def test_what_was_guessed_of_an_expert_is_what_had_come_before_the_early_word(manager):
+    manager.guess([Prediction(0, ((3, 0.3),))])
+    early(manager, Routing(0, {3: 1}))
+    entry = manager.cache.lookup(ExpertKey(0, 3))
+    entry.transfer.state = State.DONE
+    manager.meter(entry.transfer, 4, EXPERT_BYTES - 4)
+    manager.begin(Routing(0, {3: 1}))
+    stats = manager.stats[0]
+    assert (stats.prefetch_bytes, stats.prefetch_used_bytes, stats.wasted_bytes) == (4, 4, 0)

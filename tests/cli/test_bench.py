@@ -204,6 +204,7 @@ def test_peers(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (["--budgets", "4GiB,many"], "memory size 'many' is not valid"),
         (["--budgets", ","], "no budget was named"),
+        (["--forms", "q4_0,q5"], "unknown GGUF form 'q5'"),
         (["--threads", "two"], "threads 'two' is not valid"),
         (["--peer-python", sys.executable], "has no llama-cpp-python: python -m venv peer"),
         (["--peer-python", "/no/python"], "/no/python cannot be run"),

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fate.cli import options
 from fate.cli.output import byte_progress, err, out, print_json, print_table, print_words, step_progress
-from fate.errors import UsageError
+from fate.errors import UnknownNameError, UsageError
 from fate.memory import parse_memory
 
 FORMS = ("q4_1", "q4_0")
@@ -36,6 +36,9 @@ def peers_bench(
     threads: Annotated[str | None, typer.Option(help="Numbers of threads the peer tries. Default: all cores.")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 2,
     decode_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    forms: Annotated[
+        str, typer.Option(help="GGUF forms the peer runs: q4_1 holds our INT4 exactly, q4_0 is its fastest.")
+    ] = ",".join(FORMS),
     text: Annotated[Path | None, typer.Option(help="The text whose tokens are fed. Default: one of ours.")] = None,
     files: Annotated[Path | None, typer.Option(help="Where the GGUF files are written. Default: beside MODEL.")] = None,
     json: Annotated[Path | None, typer.Option(help="File for the result; - for one line on standard output.")] = None,
@@ -54,6 +57,9 @@ def peers_bench(
             parse_memory(name)
     if not names:
         raise UsageError("no budget was named: give --budgets resident,4GiB")
+    chosen = tuple(form.strip() for form in forms.split(","))
+    if unknown := next((form for form in chosen if form not in FORMS), None):
+        raise UnknownNameError("GGUF form", unknown, FORMS)
     settings = Settings(names, _threads(threads), repeats, decode_tokens=decode_tokens)
     python = peer_python or sys.executable
     version = peer_version(python)
@@ -63,7 +69,7 @@ def peers_bench(
     ids = _ids(store, text, settings.max_context)
     with byte_progress("writing") as bar:
         folder = files or store.parent
-        written = [write_gguf(store, folder / f"{store.stem}.{form}.gguf", form, bar) for form in FORMS]
+        written = [write_gguf(store, folder / f"{store.stem}.{form}.gguf", form, bar) for form in chosen]
     comparison = Comparison(store, written, python, ids, settings)
     with err.status("measuring the memory"):
         read_bytes_per_s = memory_read_gb_per_s() * 1e9

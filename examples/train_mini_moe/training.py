@@ -29,10 +29,10 @@ class Recipe:
     """sequences: a step, over all shards. balance: weight of each layer's balance loss. Learning rates are peaks."""
 
     steps: int = 1800
-    sequences: int = 16
+    sequences: int = 32
     length: int = 256
-    muon_lr: float = 0.02
-    adam_lr: float = 3e-3
+    muon_lr: float = 0.005
+    adam_lr: float = 7.5e-4
     weight_decay: float = 0.05
     warmup: int = 60
     final_lr: float = 0.02

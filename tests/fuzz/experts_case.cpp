@@ -14,6 +14,7 @@ using fate::Matrix;
 namespace {
 
 constexpr int64_t kGap = 16;
+constexpr int64_t kBeforeScales = 16;  // the kernels may read 14 bytes before them (see simd.h)
 
 // An expert's two matrices at random places; `gaps` are what no kernel may touch, `low` what a prefix does not hold.
 struct Plan {
@@ -26,25 +27,26 @@ struct Plan {
         struct Part {
             int64_t* at;
             int64_t bytes;
-            bool low;
+            bool low, scales;
         };
         std::vector<Part> parts;
         for (int m = 0; m < 2; ++m) {
             record.places[m] = {0, 0, 0, shapes[m][0], shapes[m][1]};
             const Sections bytes = sections_of(shapes[m][0], shapes[m][1], int8);
-            parts.push_back({&record.places[m].high, bytes.high, false});
-            parts.push_back({&record.places[m].affine, bytes.affine, false});
-            if (!int8) parts.push_back({&record.places[m].low, bytes.low, true});
+            parts.push_back({&record.places[m].high, bytes.high, false, false});
+            parts.push_back({&record.places[m].affine, bytes.affine, false, true});
+            if (!int8) parts.push_back({&record.places[m].low, bytes.low, true, false});
         }
         std::shuffle(parts.begin(), parts.end(), random.engine);
         int64_t end = 64;
-        for (const Part& part : parts) {
+        for (size_t p = 0; p < parts.size(); ++p) {
+            const Part& part = parts[p];
             *part.at = end;
             if (part.low) low.push_back({end, part.bytes});
             end += part.bytes;
-            if (&part == &parts.back()) break;
-            const int64_t next = (end + kGap + 7) / 8 * 8;
-            gaps.push_back({end, next - end});
+            if (p + 1 == parts.size()) break;
+            const int64_t before = parts[p + 1].scales ? kBeforeScales : 0, next = (end + kGap + before + 7) / 8 * 8;
+            gaps.push_back({end, next - before - end});
             end = next;
         }
         record.bytes = end;

@@ -28,7 +28,7 @@ SAVE_EVERY = 100  # steps
 CHECKPOINT = "checkpoint.pt"
 LOG = "training.jsonl"
 VOCABULARY = 4096
-SMOKE = Recipe(steps=8, sequences=4, length=64, warmup=2)
+SMOKE = Recipe(steps=8, sequences=4, length=64, warmup=2, muon_lr=0.02, adam_lr=3e-3)
 
 
 def geometry(layers: int, vocab_size: int) -> Qwen2MoeConfig:
@@ -65,7 +65,10 @@ def train(
     init: Annotated[Path | None, typer.Option(help="Go on from this checkpoint's weights, with its tokenizer.")] = None,
     peak: Annotated[float, typer.Option(min=0.01, help="Factor on the peak learning rates; less to go on.")] = 1.0,
     standard_library: Annotated[bool, typer.Option(help="Add the Python standard library's sources.")] = True,
-    shards: Annotated[int | None, typer.Option(min=1, help="Threads that share a batch; else one a core.")] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that share a batch; else as many as there are cores and divide it."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of weights and of the documents' order.")] = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="A minute's run that shows that everything works.")] = False,
@@ -92,7 +95,8 @@ def train(
     else:
         model = AutoModelForCausalLM.from_config(geometry(layers, len(encoder)), **how)
     model.to(device)
-    shards = shards or (1 if device != "cpu" else os.cpu_count() or 1)
+    cores = 1 if device != "cpu" else os.cpu_count() or 1
+    shards = shards or max(count for count in range(1, cores + 1) if recipe.sequences % count == 0)
     try:
         training = Training(model, Sequences(text, encoder, recipe.length, seed), recipe, shards)
         if (output / CHECKPOINT).exists():

@@ -43,7 +43,7 @@ class Corpus:
 
 
 def read_corpus(folder: Path, *, standard_library: bool = True) -> Corpus:
-    """Raises FileNotFoundError for a folder that is none or holds no text."""
+    """Raises FileNotFoundError for a folder that is none or holds no text, ValueError for a .jsonl file of others."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give one with .txt, .jsonl or .py files")
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl", ".py"))
@@ -66,8 +66,11 @@ def _read(path: Path) -> tuple[str, list[str]]:
     if path.suffix == ".py":
         return "Python", [text]
     if path.suffix == ".jsonl":
-        records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return "word problems", [_problem(record) for record in records]
+        try:
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            return "word problems", [_problem(record) for record in records]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: give one object a line, with question and answer, or text") from None
     return "prose", _pieces(text)
 
 

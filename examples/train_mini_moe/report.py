@@ -119,8 +119,10 @@ def report(
 ) -> None:
     """Held-out loss and routing of checkpoints, on the same documents."""
     try:
+        for model in models:
+            load_tokenizer(model)  # before minutes are spent on another
         text = read_corpus(corpus)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     content = json.dumps({model.name: measure(model, text, length) for model in models}, indent=1)
     if output is not None:

@@ -63,7 +63,9 @@ class Sequences:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer that was made before, with its chat template."""
+    """A tokenizer that was made before, with its chat template. Raises FileNotFoundError."""
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json: give a checkpoint in hub layout")
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -80,11 +80,11 @@ def train(
         recipe, layers = replace(SMOKE, seed=seed), min(layers, 2)
     try:
         text = read_corpus(corpus, standard_library=standard_library)
-    except OSError as error:
+        made = init or tokenizer or (output if (output / "tokenizer.json").exists() else None)
+        encoder = load_tokenizer(made) if made else train_tokenizer(text, VOCABULARY)
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     output.mkdir(parents=True, exist_ok=True)
-    made = init or tokenizer or (output if (output / "tokenizer.json").exists() else None)
-    encoder = load_tokenizer(made) if made else train_tokenizer(text, VOCABULARY)
     encoder.save_pretrained(output)
 
     experts.register()

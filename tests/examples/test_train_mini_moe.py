@@ -196,6 +196,15 @@ def test_a_corpus_that_is_none_is_one_line(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_other_bad_inputs_are_one_line(folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: .*nothing has no tokenizer.json: [^\n]*$"):
+        train(corpus=folder, output=tmp_path / "out", init=tmp_path / "nothing", standard_library=False)
+    (folder / "numbers.jsonl").write_text("1\n")
+    with pytest.raises(SystemExit, match=r"^error: .*numbers.jsonl: give one object a line[^\n]*$"):
+        train(corpus=folder, output=tmp_path / "out", standard_library=False)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_smoke_trains_measures_and_writes_a_model(folder, tmp_path):

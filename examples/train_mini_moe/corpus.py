@@ -17,7 +17,6 @@ from pathlib import Path
 
 HELD_OUT_EVERY = 25
 PIECE_CHARS = 6000
-REPEATS = {"word problems": 2}  # the smallest domain is seen more often
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings"}
 _CALCULATOR = re.compile(r"<<[^>]*>>")
 _GUTENBERG = re.compile(r"\*\*\* ?START OF.*?\*\*\*(.*?)\*\*\* ?END OF", re.DOTALL)
@@ -25,10 +24,20 @@ _GUTENBERG = re.compile(r"\*\*\* ?START OF.*?\*\*\*(.*?)\*\*\* ?END OF", re.DOTA
 
 @dataclass
 class Corpus:
-    """train, held_out: domain -> documents."""
+    """train, held_out: domain -> documents. repeats: how often an epoch has a domain's documents, where not once."""
 
     train: dict[str, list[str]] = field(default_factory=dict)
     held_out: dict[str, list[str]] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
+
+    def repeat(self, wanted: list[str]) -> None:
+        """Set repeats from "DOMAIN=TIMES". Raises ValueError."""
+        for one in wanted:
+            domain, _, times = one.rpartition("=")
+            if domain not in self.train or not times.isdecimal() or int(times) < 1:
+                allowed = " or ".join(f'"{name}=N"' for name in self.train)
+                raise ValueError(f"cannot repeat {one!r}: give {allowed}, N at least 1")
+            self.repeats[domain] = int(times)
 
     def add(self, domain: str, documents: list[str]) -> None:
         for at, document in enumerate(documents):
@@ -36,8 +45,8 @@ class Corpus:
             part.setdefault(domain, []).append(document)
 
     def epoch(self, seed: int) -> Iterator[str]:
-        """Every training document, shuffled; those of a repeated domain as often as REPEATS says."""
-        documents = [text for domain, texts in self.train.items() for text in texts * REPEATS.get(domain, 1)]
+        """Every training document, shuffled; those of a repeated domain as often as `repeats` says."""
+        documents = [text for domain, texts in self.train.items() for text in texts * self.repeats.get(domain, 1)]
         random.Random(seed).shuffle(documents)
         yield from documents
 

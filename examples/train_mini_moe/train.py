@@ -64,6 +64,10 @@ def train(
     tokenizer: Annotated[Path | None, typer.Option(help="Take this folder's tokenizer; else one is trained.")] = None,
     init: Annotated[Path | None, typer.Option(help="Go on from this checkpoint's weights, with its tokenizer.")] = None,
     peak: Annotated[float, typer.Option(min=0.01, help="Factor on the peak learning rates; less to go on.")] = 1.0,
+    repeat: Annotated[
+        list[str] | None,
+        typer.Option(help='"DOMAIN=N": an epoch has that domain N times; "word problems", "prose", "Python".'),
+    ] = None,
     standard_library: Annotated[bool, typer.Option(help="Add the Python standard library's sources.")] = True,
     shards: Annotated[
         int | None,
@@ -80,6 +84,7 @@ def train(
         recipe, layers = replace(SMOKE, seed=seed), min(layers, 2)
     try:
         text = read_corpus(corpus, standard_library=standard_library)
+        text.repeat(repeat or [])
         made = init or tokenizer or (output if (output / "tokenizer.json").exists() else None)
         encoder = load_tokenizer(made) if made else train_tokenizer(text, VOCABULARY)
     except (OSError, ValueError) as error:
@@ -106,7 +111,12 @@ def train(
     _run(training, recipe, output)
     save_model(model, output)
 
-    settings = asdict(recipe) | {"layers": model.config.num_hidden_layers, "shards": shards, "device": device}
+    settings = asdict(recipe) | {
+        "repeats": text.repeats,
+        "layers": model.config.num_hidden_layers,
+        "shards": shards,
+        "device": device,
+    }
     result = {"recipe": settings} | measure(output, text, recipe.length)
     (output / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["held_out"]))

@@ -59,7 +59,7 @@ class Report:
 
 
 class Training:
-    """`run` trains `model` (float32, on its device; bfloat16 products) from `step` to the recipe's end."""
+    """`run` trains `model` (float32, on its device; products in `product_dtype`) from `step` to the recipe's end."""
 
     def __init__(self, model: PreTrainedModel, sequences: Sequences, recipe: Recipe, shards: int) -> None:
         if recipe.sequences % shards:
@@ -69,7 +69,8 @@ class Training:
         self._balance = LayerBalance(model)
         self._params = list(model.parameters())
         self._shards = shards
-        self._adam, self._muon = _optimizers(model, recipe, shards)
+        self._products = product_dtype(model.device.type)
+        self._adam, self._muon = _optimizers(model, recipe, shards, self._products)
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
 
     @property
@@ -106,7 +107,8 @@ class Training:
     def _gradients(self, ids: Tensor) -> tuple[float, float, list[Tensor]]:
         """ids [sequences, length] -> loss, balance, and a gradient for each parameter."""
         device = ids.device.type
-        with self._balance.listening() as balances, torch.autocast(device, torch.bfloat16, cache_enabled=False):
+        half = torch.autocast(device, torch.bfloat16, self._products == torch.bfloat16, cache_enabled=False)
+        with self._balance.listening() as balances, half:
             logits = self._model(ids, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         balance = torch.stack(balances)
@@ -143,7 +145,16 @@ class Training:
         self.step = state["step"]
 
 
-def _optimizers(model: PreTrainedModel, recipe: Recipe, shards: int) -> tuple[torch.optim.AdamW, list[StackedMuon]]:
+def product_dtype(device: str) -> torch.dtype:
+    """bfloat16, but where a processor emulates it, which takes over ten times as long as float32, that."""
+    if device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _optimizers(
+    model: PreTrainedModel, recipe: Recipe, shards: int, products: torch.dtype
+) -> tuple[torch.optim.AdamW, list[StackedMuon]]:
     """AdamW, and Muon once a shard, each with its share of the matrices."""
     matrices: list[list[dict[str, object]]] = [[] for _ in range(shards)]
     decayed, others = [], []
@@ -157,7 +168,8 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe, shards: int) -> tuple[to
         else:
             others.append(param)  # embeddings, norms, biases, routers, the shared expert's gate
     adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return adam, [StackedMuon(groups, lr=recipe.muon_lr, weight_decay=recipe.weight_decay) for groups in matrices]
+    how = {"lr": recipe.muon_lr, "weight_decay": recipe.weight_decay, "products": products}
+    return adam, [StackedMuon(groups, **how) for groups in matrices]
 
 
 @contextmanager

@@ -4,11 +4,13 @@ import copy
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import balance
 import experts
 import pytest
+import report
 import torch
 from corpus import HELD_OUT_EVERY, Corpus, read_corpus
 from muon import StackedMuon, orthogonalize
@@ -135,8 +137,38 @@ def test_sequences_depend_on_their_position_alone(folder):
     again = Sequences(corpus, tokenizer, 32, seed=0)
     for at in (899, 0, 450):
         assert torch.equal(again.batch(at, 1), everything[at])
-    assert tokenizer.decode(everything[0][0]).startswith(END)
     assert not torch.equal(torch.cat(everything[:100]), Sequences(corpus, tokenizer, 32, seed=1).batch(0, 100))
+
+
+def test_neighbours_in_a_file_are_far_apart_in_training():
+    corpus = Corpus()
+    corpus.add("Python", [" ".join(f"{i} one two" for i in range(3000))])
+    tokenizer = train_tokenizer(corpus, 300)
+    in_order = tokenizer(END + corpus.train["Python"][0])["input_ids"]
+    rows = [in_order[at : at + 32] for at in range(0, len(in_order) - 31, 32)]
+    seen = Sequences(corpus, tokenizer, 32, seed=0).batch(0, len(rows)).tolist()
+    assert sorted(seen) == sorted(rows)
+    assert sum(seen.index(a) + 1 == seen.index(b) for a, b in pairwise(rows)) < len(rows) / 10
+
+
+def test_a_repeated_domain_is_seen_as_often_as_wanted(folder):
+    corpus = read_corpus(folder, standard_library=False)
+    corpus.repeat(["word problems=3"])
+    seen = list(corpus.epoch(seed=0))
+    assert [seen.count(text) for text in corpus.train["word problems"]] == [3] * len(corpus.train["word problems"])
+    assert all(seen.count(text) == 1 for text in corpus.train["prose"])
+    for wanted in ("songs=2", "prose", "prose=0", "prose=x"):
+        with pytest.raises(ValueError, match=f"^cannot repeat '{wanted}': give .*\"prose=N\""):
+            corpus.repeat([wanted])
+
+
+def test_held_out_loss_is_of_every_document_not_of_one_long_one(folder, monkeypatch):
+    corpus = read_corpus(folder, standard_library=False)
+    tokenizer = train_tokenizer(corpus, 300)
+    monkeypatch.setattr(report, "DOCUMENT_TOKENS", 5)
+    ids = report._beginnings(tokenizer, ["one two three " * 50, "four", "five six seven " * 50])
+    assert [tokenizer.decode(ids[at]) for at in range(len(ids))].count(END) == 3
+    assert len(ids) <= 15
 
 
 def test_training_learns_and_resumes_to_the_bit(tmp_path):

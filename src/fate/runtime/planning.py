@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx.experimental import _config
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fate.core import Envelope
 from fate.memory import MIB, Needs, resident_bytes
@@ -61,12 +62,13 @@ def dense_bytes(store: Path) -> int:
     return sum(file.stat().st_size for name in (DENSE_FILE, PACKED_FILE) if (file := store / name).is_file())
 
 
-def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envelope: Envelope) -> Needs:
-    """The plan's rows for `model` (on the meta device, experts function "fate") with the experts of `header`."""
+def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envelope: Envelope, ahead: int = 0) -> Needs:
+    """The plan's rows for `model` (on the meta device, experts function "fate") with the experts of `header`. ahead:
+    bytes of other rows that are resident already."""
     transient = transient_slots(model, header)
     total = header.num_records
     return Needs(
-        runtime=resident_bytes() + RUNTIME_HEADROOM_BYTES,
+        runtime=resident_bytes() - ahead + RUNTIME_HEADROOM_BYTES,
         dense=dense,
         kv_cache=_kv_bytes(model, envelope),
         buffers=_buffer_bytes(model, header, envelope),
@@ -78,31 +80,38 @@ def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envel
 
 
 def _kv_bytes(model: PreTrainedModel, envelope: Envelope) -> int:
-    """Bytes of the cache at the end of the envelope, by two forwards that move no data: what grows with each token,
-    and what a sequence has from the start (the states of linear attention and convolutions)."""
+    """Bytes of the cache at the end of the envelope, by forwards that move no data: what grows with each token, and,
+    where there are layers of other kinds than attention's, what a sequence has from the start (the states of linear
+    attention and convolutions), by a second forward of another length."""
     if not model.can_generate():
         return 0
     settings: Any = _config  # torch's own switch for a `nonzero` of the meta device
 
-    def cache_bytes(tokens: int) -> int:
+    def cache_layers(tokens: int) -> list[Any]:
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         with torch.no_grad(), torch.device("meta"), settings.patch(meta_nonzero_assume_all_nonzero=True):
             if model.config.is_encoder_decoder:
                 encoded: Any = model.get_encoder()(ids)
                 both = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True).past_key_values
-                layers = [*both.self_attention_cache.layers, *both.cross_attention_cache.layers]
-            else:
-                cache: Any = getattr(model(ids, use_cache=True, logits_to_keep=1), "past_key_values", None)
-                if not hasattr(cache, "layers"):
-                    raise NotImplementedError("a cache of the model's own kind, or none")
-                layers = cache.layers
-        return sum(t.numel() * t.element_size() for layer in layers for t in _tensors(vars(layer)))
+                return [*both.self_attention_cache.layers, *both.cross_attention_cache.layers]
+            cache: Any = getattr(model(ids, use_cache=True, logits_to_keep=1), "past_key_values", None)
+            if not hasattr(cache, "layers"):
+                raise NotImplementedError("a cache of the model's own kind, or none")
+            return list(cache.layers)
 
     try:
-        two, three = cache_bytes(2), cache_bytes(3)
+        layers = cache_layers(2)
+        two = sum(map(_layer_bytes, layers))
+        if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+            return envelope.max_batch * envelope.max_context * two // 2
+        three = sum(map(_layer_bytes, cache_layers(3)))
     except (RuntimeError, NotImplementedError):  # or its forward asks for values, of which there are none
         return envelope.max_batch * envelope.max_context * _ordinary_kv_bytes(model)
     return envelope.max_batch * (two - 2 * (three - two) + (three - two) * envelope.max_context)
+
+
+def _layer_bytes(layer: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(vars(layer)))
 
 
 def _ordinary_kv_bytes(model: PreTrainedModel) -> int:

@@ -31,7 +31,7 @@ from fate.memory import (
 )
 from fate.store.ahead import DenseWeights
 from fate.store.experts_ahead import ExpertsAhead
-from fate.store.files import PACKED_FILE, is_store, read_config
+from fate.store.files import DENSE_FILE, PACKED_FILE, is_store, read_config
 from fate.systems import EXACT, System, resolve_system
 from fate.transfer.link import parse_link
 
@@ -145,7 +145,7 @@ def read_ahead(
     with DenseWeights(store) as dense, ExitStack() as stack:
         budget = min(default_budget() if memory is None else parse_memory(memory), available_bytes())
         left = budget - max(IMPORTS_BYTES, resident_bytes() + IMPORTS_BYTES // 2)  # some may be resident already
-        left -= file.stat().st_size if (file := store / PACKED_FILE).is_file() else 0
+        left -= sum(file.stat().st_size for name in (DENSE_FILE, PACKED_FILE) if (file := store / name).is_file())
         ahead = None
         if left >= 0:
             dense.start()

@@ -20,7 +20,7 @@ from fate.core import ExpertKey
 from fate.loading import read_ahead
 from fate.store.ahead import DenseWeights
 from fate.store.experts_ahead import ExpertsAhead
-from fate.store.files import EXPERTS_FILE
+from fate.store.files import DENSE_FILE, EXPERTS_FILE
 from fate.store.reader import StoreReader
 from tiny import tiny_store
 
@@ -118,6 +118,19 @@ def test_a_plan_with_fewer_slots_gives_the_rest_back(store: Path) -> None:
             model.fate.engine.manager.cache.num_cached(layer) for layer in range(len(model.fate.reader.header.layers))
         )
         assert 0 < cached <= 12
+
+
+def test_room_is_left_for_dense_weights_that_are_not_packed(store: Path, tmp_path: Path) -> None:
+    """They are loaded before the plan's slots are known, when what was read ahead is still all there."""
+    large = Path(shutil.copytree(store, tmp_path / "store"))
+    with (large / DENSE_FILE).open("ab") as file:
+        file.truncate(1 << 30)
+    with read_ahead(store, "2GiB") as ahead, read_ahead(large, "2GiB") as less:
+        assert ahead is not None
+        assert less is not None
+        assert ahead.experts is not None
+        assert less.experts is not None
+        assert less.experts._max_bytes < ahead.experts._max_bytes - (1 << 29)
 
 
 @pytest.mark.parametrize("system", ["load-on-demand-uncached", "fate-hybrid", "cross-layer-int2", "fate-measured"])

@@ -108,7 +108,7 @@ def test_ctrl_c_leaves_a_conversion_to_go_on_with(forks: Forks, tmp_path: Path) 
     start = time.monotonic()
     os.kill(pid, signal.SIGINT)
     assert forks.wait() == 130
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 3  # a matrix is finished first; two busy cores took 1.2
     assert err.read_text() == "stopped: the same command goes on from here\n"
     assert not store.exists()
     assert len((partial / "journal.jsonl").read_text().splitlines()) > 1

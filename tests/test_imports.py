@@ -20,7 +20,7 @@ import pytest
 LAYERS: dict[str, tuple[str, ...]] = {
     "values": ("fate.core", "fate.errors"),
     "foundation": ("fate.registry", "fate.memory", "fate.directories"),
-    "store format": ("fate.store.format", "fate.store.files", "fate.store.ahead", "fate.store.experts_ahead"),
+    "store format": ("fate.store.format", "fate.store.files", "fate.store.ahead"),
     "policies": (
         "fate.cache",
         "fate.predict",

@@ -75,6 +75,7 @@ def test_int4_costs_less_than_two_percent(domain, tokens, reference, store):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_table(tokens, reference, store, capsys):
     """Perplexity change against bf16 on 8,192 tokens a domain, every expert at the precision named."""
     ids = {domain: tokens(domain, 8192) for domain in DOMAINS}

@@ -35,7 +35,8 @@ class Sequences:
     """Training sequences by position: epoch after epoch of shuffled documents, each begun by END, their rows shuffled.
 
     In the documents' order a long file would fill whole batches: of Python's sources the longest has 55,000 tokens.
-    What position `at` gives depends on the seed and `at` alone, so a run that is resumed sees what it would have seen.
+    What position `at` gives depends on the corpus, the seed and `at` alone, so a run that is resumed sees what it would
+    have seen.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> None:
@@ -43,6 +44,11 @@ class Sequences:
         self._epoch = -1
         self._first = 0  # position of the epoch's first sequence
         self._rows = torch.empty(0, length, dtype=torch.int32)
+
+    @property
+    def repeats(self) -> dict[str, int]:
+        """The corpus's: which sequences there are depends on them."""
+        return self._corpus.repeats
 
     def batch(self, at: int, count: int) -> Tensor:
         """int64 [count, length]: sequences at .. at + count."""

@@ -130,14 +130,15 @@ class Training:
     def _kept(self) -> dict[str, object]:
         """What a run that goes on must have in common with what it goes on from."""
         return {name: value for name, value in asdict(self._recipe).items() if name != "steps"} | {
-            "shards": self._shards
+            "shards": self._shards,
+            "repeats": self._sequences.repeats,
         }
 
     def resume(self, path: Path) -> None:
         """Go on where `save` left off; only the number of steps may have changed. Raises ValueError."""
         state = torch.load(path, map_location=self._model.device)
         for name, value in self._kept().items():
-            if (saved := state["recipe"][name]) != value:
+            if (saved := state["recipe"].get(name)) != value:
                 raise ValueError(f"it was saved with {name}={saved}, not {value}: give the same, or another --output")
         self._model.load_state_dict(state["model"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"]):
@@ -146,7 +147,7 @@ class Training:
 
 
 def product_dtype(device: str) -> torch.dtype:
-    """bfloat16, but where a processor emulates it, which takes over ten times as long as float32, that."""
+    """bfloat16; on CPUs but x86 with instructions for it float32: emulated, bfloat16 takes ten times as long."""
     if device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32

@@ -11,8 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -30,8 +29,7 @@ from fate.memory import (
     resident_bytes,
 )
 from fate.store.ahead import DenseWeights
-from fate.store.experts_ahead import ExpertsAhead
-from fate.store.files import DENSE_FILE, PACKED_FILE, is_store, read_config
+from fate.store.files import PACKED_FILE, is_store, read_config
 from fate.systems import EXACT, System, resolve_system
 from fate.transfer.link import parse_link
 
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fate")
 Progress = Callable[[int, int, str], None]
 IMPORTS_BYTES = 640 * MIB  # more than a process has resident that has imported all it needs and read nothing
-LEAST_FREE_BYTES = 256 * MIB  # of a budget, beside imports, dense weights and experts read ahead
 
 
 def load(
@@ -61,7 +58,7 @@ def load(
     trust_remote_code: bool = False,
     on_plan: Callable[[MemoryPlan, System], None] | None = None,
     on_convert: Progress | None = None,
-    ahead: ReadAhead | None = None,
+    dense: DenseWeights | None = None,
 ) -> FateModel:
     """Load a Mixture-of-Experts model so that its whole process stays within `memory`.
 
@@ -73,8 +70,8 @@ def load(
     prefill_chunk (tokens a forward) and logit_rows bound what the plan covers; beyond them a call raises
     EnvelopeError. link: serve the records from a copy in memory at this speed ("12GB/s") instead of from the disk, to
     see how another machine would fare (the copy is a row of the plan). trust_remote_code: run the code of a model that
-    brings its own. on_plan is called before slots are allocated; by default the plan goes to standard error. ahead:
-    what `read_ahead` has begun to read of this store; without it, load begins by itself, with the dense weights.
+    brings its own. on_plan is called before slots are allocated; by default the plan goes to standard error. dense:
+    what `read_ahead` has begun to read of this store; without it, load begins by itself.
 
     Returns the transformers model; `model.fate` has `stats()`, `plan` and `close()`, and `with` closes it.
     Raises a FateError: ModelNotFoundError, NotMoEError, UnsupportedModelError, CheckpointError, StoreError,
@@ -91,9 +88,9 @@ def load(
             raise UsageError(f"{name}={value} is not valid: give a whole number of at least {least}")
     wanted = resolve_system(system)
     store = ensure_store(model, on_convert, trust_remote_code)
-    if ahead is not None and not ahead.dense.store.samefile(store):
-        raise UsageError(f"ahead holds the weights of {ahead.dense.store}: give what was read ahead of {store}")
-    with read_ahead(store, memory, slots=False) if ahead is None else nullcontext(ahead) as reading:
+    if dense is not None and not dense.store.samefile(store):
+        raise UsageError(f"dense holds the weights of {dense.store}: give what was read ahead of {store}")
+    with read_ahead(store, memory) if dense is None else nullcontext(dense) as reading:
         from fate.runtime.assembly import LoadOptions
 
         options = LoadOptions(
@@ -106,8 +103,7 @@ def load(
             logit_rows,
             link,
             on_plan or print_plan,
-            reading.dense if reading is not None else None,
-            reading.experts if reading is not None and link is None else None,
+            reading,
         )
         loaded = _load(store, options, trust_remote_code)
     if loaded.fate.system != wanted:
@@ -116,43 +112,20 @@ def load(
     return loaded
 
 
-@dataclass(frozen=True)
-class ReadAhead:
-    """What is being read of a store before it is loaded. experts: None where they are not."""
-
-    dense: DenseWeights
-    experts: ExpertsAhead | None = None
-
-
 @contextmanager
-def read_ahead(
-    model: str | os.PathLike[str],
-    memory: str | int | None,
-    experts: str | int | float | None = None,
-    system: str | System = EXACT,
-    *,
-    slots: bool = True,
-) -> Iterator[ReadAhead | None]:
-    """For the time before `load(..., ahead=...)`, in which Python imports what it needs: a thread reads the packed
-    dense weights of `model`, if that is a store and `memory` surely holds them, then (`slots`) as many experts as
-    surely fit, where `system` caches them and its output does not depend on which are in memory. At the end the threads
-    are gone. Other arguments as `load` takes them."""
+def read_ahead(model: str | os.PathLike[str], memory: str | int | None) -> Iterator[DenseWeights | None]:
+    """For the time before `load(..., dense=...)`, in which Python imports what it needs: a thread reads the packed
+    dense weights of `model`, if that is a store and `memory` surely holds them. At the end the thread is gone."""
     store = Path(model).expanduser()
     if not is_store(store):
         yield None
         return
-    wanted = resolve_system(system)
-    with DenseWeights(store) as dense, ExitStack() as stack:
+    with DenseWeights(store) as dense:
         budget = min(default_budget() if memory is None else parse_memory(memory), available_bytes())
-        left = budget - max(IMPORTS_BYTES, resident_bytes() + IMPORTS_BYTES // 2)  # some may be resident already
-        left -= sum(file.stat().st_size for name in (DENSE_FILE, PACKED_FILE) if (file := store / name).is_file())
-        ahead = None
-        if left >= 0:
+        imports = max(IMPORTS_BYTES, resident_bytes() + IMPORTS_BYTES // 2)  # some may be resident already
+        if (file := store / PACKED_FILE).is_file() and file.stat().st_size + imports <= budget:
             dense.start()
-            if slots and wanted.cached and wanted.exact and not wanted.needs_profile:
-                ahead = stack.enter_context(closing(ExpertsAhead(store, left - LEAST_FREE_BYTES, experts)))
-                ahead.start(after=dense)
-        yield ReadAhead(dense, ahead)
+        yield dense
 
 
 def _load(store: Path, options: LoadOptions, trust_remote_code: bool) -> FateModel:

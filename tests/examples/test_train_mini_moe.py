@@ -215,6 +215,9 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     training(steps=3).resume(tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="sequences=4, not 8"):
         training(sequences=8).resume(tmp_path / "checkpoint.pt")
+    corpus.repeat(["word problems=2"])
+    with pytest.raises(ValueError, match="repeats="):
+        training().resume(tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="3 sequences cannot be shared by 2"):
         training(sequences=3)
 

@@ -15,7 +15,7 @@ import pytest
 import fate
 from cli_support import FAMILY, flip
 from fate.errors import BudgetTooSmallError, ChecksumError, StoreError, UsageError
-from fate.loading import ReadAhead, read_ahead
+from fate.loading import read_ahead
 from fate.store import ahead
 from fate.store.ahead import DenseWeights
 from fate.store.files import PACKED_FILE
@@ -102,23 +102,22 @@ def test_ctrl_c_meanwhile_joins_the_thread(store: Path, monkeypatch: pytest.Monk
 
 
 def test_a_budget_that_may_not_hold_them_reads_nothing_ahead(store: Path) -> None:
-    with read_ahead(store, "600MiB") as ahead:
-        assert ahead is not None
-        assert ahead.experts is None
+    with read_ahead(store, "600MiB") as dense:
+        assert dense is not None
         assert not readers()
-        assert ahead.dense.wait() == 0
+        assert dense.wait() == 0
     with pytest.raises(BudgetTooSmallError):
         fate.load(store, memory="100MiB")
 
 
 def test_weights_of_another_store_are_refused(store: Path, damaged: Path) -> None:
-    with DenseWeights(damaged) as dense, pytest.raises(UsageError, match="ahead holds the weights of"):
-        fate.load(store, ahead=ReadAhead(dense))
+    with DenseWeights(damaged) as dense, pytest.raises(UsageError, match="dense holds the weights of"):
+        fate.load(store, dense=dense)
 
 
 def test_a_checkpoint_has_nothing_to_read_ahead(tmp_path: Path) -> None:
-    with read_ahead(tmp_path, None) as ahead:
-        assert ahead is None
+    with read_ahead(tmp_path, None) as dense:
+        assert dense is None
 
 
 @pytest.mark.parametrize("offsets", [[0, 4.5], ["0", "4"], [0, 4, 8], [8, 4], [-8, 4]])

@@ -174,6 +174,7 @@ class SystemsBench:
         system that switches itself off: it would decide by the wrong pace."""
         pace = cell.link.bytes_per_s
         model.fate.reconfigure(system=system, experts=cell.experts, link=pace)
+        model.fate.engine.pool.populate()
         unpaced = pace is not None and not system.switches_off
         if unpaced:
             model.fate.set_link(None)

@@ -81,13 +81,6 @@ class ExpertCache(Generic[T]):
     def lookup(self, key: ExpertKey) -> Entry[T] | None:
         return self._entries.get(key)
 
-    def adopt(self, key: ExpertKey, slot: int) -> Entry[T] | None:
-        """Cache an expert that free `slot` holds already; None where its layer may cache no more."""
-        if slot not in self._free or len(self._cached[key.layer]) >= self.capacities[key.layer]:
-            return None
-        self._free.remove(slot)
-        return self._enter(Entry(key, slot, staged=False, precision=Precision.FULL))
-
     def touch(self, entry: Entry[T]) -> None:
         """A cached expert was accessed."""
         self._policies[entry.key.layer].on_hit(entry.key.expert)

@@ -54,7 +54,7 @@ def chat(
     options.check_text("the system prompt", system_prompt or "")
     options.check_sampling(temperature, top_p, repetition_penalty)
     options.check_limits(memory, experts, system)
-    with read_ahead(model, memory, experts, system) as ahead:
+    with read_ahead(model, memory) as dense:
         import torch
 
         from fate.cli.conversation import Conversation, Prompts
@@ -71,7 +71,7 @@ def chat(
 
         limits: dict[str, Any] = {"memory": memory, "experts": experts, "max_context": max_context}
         limits["trust_remote_code"] = trust_remote_code
-        loaded = load(store, system=system, on_plan=on_plan, ahead=ahead, **limits)
+        loaded = load(store, system=system, on_plan=on_plan, dense=dense, **limits)
     with loaded:
         if seed is not None:
             torch.manual_seed(seed)

@@ -38,7 +38,6 @@ from fate.runtime.session import Session, attach
 from fate.runtime.slots import SlotPool
 from fate.runtime.switch import PrefetchSwitch
 from fate.store.ahead import DenseWeights
-from fate.store.experts_ahead import ExpertsAhead
 from fate.store.reader import StoreReader
 from fate.systems import EXACT, System, resolve_system
 from fate.transfer.disk import DiskSource
@@ -55,8 +54,8 @@ GUESS_SHARE = 12  # and at most one slot in so many
 class LoadOptions:
     """What `fate.load` takes. memory: size, None: what is free less a margin. experts: at most this share ("25%",
     0.25) or number of experts in memory. link: serve the records from a copy in memory at this speed ("12GB/s", bytes
-    per second) instead of from the disk. on_plan: called with (plan, system) before slots are allocated. dense, ahead:
-    what is read ahead of the store's dense weights and of its experts."""
+    per second) instead of from the disk. on_plan: called with (plan, system) before slots are allocated. dense: what
+    is read ahead of the store's dense weights."""
 
     memory: str | int | None = None
     experts: str | int | float | None = None
@@ -68,7 +67,6 @@ class LoadOptions:
     link: str | float | None = None
     on_plan: Callable[[MemoryPlan, System], None] | None = None
     dense: DenseWeights | None = None
-    ahead: ExpertsAhead | None = None
 
 
 class Assembly:
@@ -87,14 +85,7 @@ class Assembly:
         self._runtimes: list[LayerRuntime] = []
         self._early: list[EarlyRouter] = []
 
-    def start(
-        self,
-        model: PreTrainedModel,
-        system: System,
-        plan: MemoryPlan,
-        link: float | None,
-        ahead: ExpertsAhead | None = None,
-    ) -> None:
+    def start(self, model: PreTrainedModel, system: System, plan: MemoryPlan, link: float | None) -> None:
         """Hook the layers, allocate the slots, open the threads. A system that needs a profile of this machine and
         store waits for one (`loading.ensure_profile`); until then experts are loaded on demand."""
         if system.needs_profile:
@@ -110,27 +101,22 @@ class Assembly:
             self._runtimes.append(runtime)
         attention.adopt(model)
         fused.fuse(model)
-        attach(model, Session(self, self.build(system, plan, link, ahead), link))
+        attach(model, Session(self, self.build(system, plan, link), link))
 
     @property
     def routes_early(self) -> bool:
         """Whether some block was seen to run another module before its router, which then can be asked first."""
         return any(early.pays for early in self._early)
 
-    def build(self, system: System, plan: MemoryPlan, link: float | None, ahead: ExpertsAhead | None = None) -> Engine:
-        """A new engine, which the model's layers use from now on. link: see `LoadOptions`. Its cache is empty, but for
-        what was read `ahead`, which is taken over."""
+    def build(self, system: System, plan: MemoryPlan, link: float | None) -> Engine:
+        """A new engine with an empty cache, which the model's layers use from now on. link: see `LoadOptions`."""
         if system.needs_profile and self.profile is None:
             raise ProfileMissingError(system.name)
         header = self.reader.header
         divisions = [self._divide(system, plan.num_slots, guesses, link) for guesses in (system.guesses, False)]
         capacities, transient = divisions[0].capacities, divisions[0].transient
         cache: ExpertCache[Transfer] = ExpertCache(capacities, transient, POLICIES.get(system.policy))
-        slot_bytes = header.max_record_bytes
-        memory, keys = ahead.take(cache.num_slots * slot_bytes) if ahead is not None else (None, [])
-        pool = SlotPool(cache.num_slots, slot_bytes, memory)
-        for slot, key in enumerate(keys[: cache.num_slots]):
-            cache.adopt(key, slot)
+        pool = SlotPool(cache.num_slots, header.max_record_bytes)
         scheduler = TransferScheduler(self._source(pool, link), prefetch_cap_bytes=transient * header.max_record_bytes)
         timing = self.profile.timing(link) if self.profile is not None else None
         precision = PRECISIONS.get(system.precision)(timing)
@@ -201,8 +187,8 @@ def assemble(
     envelope = planning.resolve_envelope(
         model, options.max_context, options.max_batch, options.prefill_chunk, options.logit_rows
     )
-    resident = dense_resident + (options.ahead.resident_bytes if options.ahead is not None else 0)
-    needs = planning.measure_needs(model, reader.header, planning.dense_bytes(reader.path), envelope, resident)
+    needs = planning.measure_needs(model, reader.header, planning.dense_bytes(reader.path), envelope)
+    needs = replace(needs, runtime=needs.runtime - dense_resident)
     if link is not None:
         needs = replace(needs, records=reader.header.file_bytes)
     budget = default_budget() if options.memory is None else parse_memory(options.memory)
@@ -216,7 +202,7 @@ def assemble(
     check_available(plan, available_bytes())
     _warn_if_hopeless(model, plan, len(layers), transient)
     assembly = Assembly(layers, reader, transient, planning.top_k(model))
-    return functools.partial(assembly.start, system=system, plan=plan, link=link, ahead=options.ahead)
+    return functools.partial(assembly.start, system=system, plan=plan, link=link)
 
 
 def _warn_if_hopeless(model: PreTrainedModel, plan: MemoryPlan, num_layers: int, transient: int) -> None:

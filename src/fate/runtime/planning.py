@@ -62,13 +62,12 @@ def dense_bytes(store: Path) -> int:
     return sum(file.stat().st_size for name in (DENSE_FILE, PACKED_FILE) if (file := store / name).is_file())
 
 
-def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envelope: Envelope, ahead: int = 0) -> Needs:
-    """The plan's rows for `model` (on the meta device, experts function "fate") with the experts of `header`. ahead:
-    bytes of other rows that are resident already."""
+def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envelope: Envelope) -> Needs:
+    """The plan's rows for `model` (on the meta device, experts function "fate") with the experts of `header`."""
     transient = transient_slots(model, header)
     total = header.num_records
     return Needs(
-        runtime=resident_bytes() - ahead + RUNTIME_HEADROOM_BYTES,
+        runtime=resident_bytes() + RUNTIME_HEADROOM_BYTES,
         dense=dense,
         kv_cache=_kv_bytes(model, envelope),
         buffers=_buffer_bytes(model, header, envelope),

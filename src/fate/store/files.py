@@ -13,17 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from fate.errors import ChecksumError, StoreError
-from fate.store.format import (
-    CHECKSUM_BYTES,
-    PAGE_BYTES,
-    PREAMBLE_BYTES,
-    StoreHeader,
-    decode_header,
-    decode_preamble,
-)
+from fate.store.format import PAGE_BYTES
 
 EXPERTS_FILE = "experts.fate"
 DENSE_FILE = "dense.safetensors"
@@ -46,28 +37,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("quantization_config", {}).get("quant_method") != "fate":
         raise StoreError(f"{path / 'config.json'} is not a Fate store's: convert the checkpoint again")
     return config
-
-
-def read_header(file: Path) -> tuple[StoreHeader, bytes]:
-    """Header and checksums of `experts.fate`. Raises StoreError, StoreVersionError, ChecksumError."""
-    try:
-        with open(file, "rb") as f:
-            length, checksum = decode_preamble(f.read(PREAMBLE_BYTES), file)
-            blob = f.read(length)
-            if len(blob) < length or xxhash.xxh64_intdigest(blob) != checksum:
-                raise ChecksumError(f"{file}: the header is damaged: convert the checkpoint again")
-            header = decode_header(blob)
-            f.seek(header.checksums_offset)
-            checksums = f.read(header.num_records * CHECKSUM_BYTES)
-    except OSError as error:
-        raise StoreError(f"{file} cannot be read: {error.strerror}") from None
-    return header, checksums
-
-
-def half_is_sound(checksums: bytes, index: int, second: bool, data: memoryview) -> bool:
-    """Whether `data` are the bytes that were written as this half of record `index`."""
-    at = index * CHECKSUM_BYTES + (8 if second else 0)
-    return xxhash.xxh64_intdigest(data) == int.from_bytes(checksums[at : at + 8], "little")
 
 
 def read_checksums(path: Path, name: str) -> dict[str, str]:

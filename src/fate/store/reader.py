@@ -30,12 +30,10 @@ from fate.store.files import (
     HEADER_KEY,
     PACKED_FILE,
     check_tensor,
-    half_is_sound,
     is_store,
     open_direct,
     read_checksums,
     read_config,
-    read_header,
 )
 from fate.transfer.scheduler import Progress
 
@@ -67,7 +65,7 @@ class StoreReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.file = self.path / EXPERTS_FILE
-        self.header, self._checksums = read_header(self.file)
+        self.header, self._checksums = _read_header(self.file)
         self._check_siblings()
         self._fd = _open_direct(self.file)
         self._finalizer = weakref.finalize(self, os.close, self._fd)
@@ -113,7 +111,8 @@ class StoreReader:
         for half, data in wanted:
             if (index, half) in self._verified:
                 continue
-            if not half_is_sound(self._checksums, index, half, data):
+            at = index * fmt.CHECKSUM_BYTES + (8 if half else 0)
+            if xxhash.xxh64_intdigest(data) != int.from_bytes(self._checksums[at : at + 8], "little"):
                 raise ChecksumError(f"{self.file}: {key} is damaged (checksum differs): convert the checkpoint again")
             self._verified.add((index, half))
 
@@ -145,6 +144,21 @@ def _check_tensor_file(file: Path, fingerprint: str) -> None:
         raise StoreError(f"{file} cannot be read ({error}): convert the checkpoint again") from None
     if recorded != fingerprint:
         raise StoreMismatchError(f"{file} is of another conversion than {EXPERTS_FILE}: convert the checkpoint again")
+
+
+def _read_header(file: Path) -> tuple[fmt.StoreHeader, bytes]:
+    try:
+        with open(file, "rb") as f:
+            length, checksum = fmt.decode_preamble(f.read(fmt.PREAMBLE_BYTES), file)
+            blob = f.read(length)
+            if len(blob) < length or xxhash.xxh64_intdigest(blob) != checksum:
+                raise ChecksumError(f"{file}: the header is damaged: convert the checkpoint again")
+            header = fmt.decode_header(blob)
+            f.seek(header.checksums_offset)
+            checksums = f.read(header.num_records * fmt.CHECKSUM_BYTES)
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error.strerror}") from None
+    return header, checksums
 
 
 def _open_direct(file: Path) -> int:

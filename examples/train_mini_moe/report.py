@@ -126,7 +126,7 @@ def report(
         text = read_corpus(corpus)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    content = json.dumps({model.name: measure(model, text, length) for model in models}, indent=1)
+    content = json.dumps({str(model): measure(model, text, length) for model in models}, indent=1)
     if output is not None:
         output.write_text(content + "\n")
     print_json(content)

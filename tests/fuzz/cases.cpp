@@ -68,8 +68,15 @@ void linear(Random& random, const std::string& planted) {
     const Exact bias = random_values(random, rows - (planted == "bias" ? 1 : 0), dtype);
     const Exact out(static_cast<int64_t>(tokens) * rows * item - (planted == "out" ? item : 0));
     const int threads = static_cast<int>(random.in(1, 3));
-    fate::linear(packed.matrix, x.as(), dtype, tokens, biased ? bias.as() : nullptr, out.as(), threads);
+    const fate::Product product{packed.matrix, biased ? bias.as() : nullptr, out.as()};
+    fate::linear({product}, x.as(), dtype, tokens, threads);
     if (!planted.empty()) return;
+    const Packed other(random, random.size(260), cols, "");  // beside others, the same bits
+    const Exact before(tokens * other.matrix.rows * item), again(out.size()), after(before.size());
+    fate::linear({{other.matrix, nullptr, before.as()}, {product.matrix, product.bias, again.as()},
+                  {other.matrix, nullptr, after.as()}}, x.as(), dtype, tokens, threads);
+    near("linear, a product alone and beside others", std::memcmp(out.as(), again.as(), out.size()), 0, 0);
+    near("linear, one matrix twice", std::memcmp(before.as(), after.as(), before.size()), 0, 0);
 
     const std::vector<double> weights = dequantize(packed.matrix);
     for (int64_t t = 0; t < tokens; t += tokens > 20 ? random.in(1, 40) : 1) {

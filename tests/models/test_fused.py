@@ -69,9 +69,10 @@ class Calls:
     """Counts the native calls of one test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = dict.fromkeys(("attention", "mlp", "norm", "router"), 0)
+        self.count = dict.fromkeys(("attention", "linear", "mlp", "norm", "router"), 0)
         for kind, name in (
             ("attention", "attend_project"),
+            ("linear", "multiply_few_rows"),
             ("mlp", "gated_mlp"),
             ("norm", "rms_norm"),
             ("router", "route"),
@@ -144,6 +145,28 @@ def test_attention(name: str, dtype: torch.dtype, calls: Calls) -> None:
         for kind in ("keys", "values"):
             layers = [each["past_key_values"].layers[0] for each in (given, same)]
             assert near(getattr(layers[0], kind), getattr(layers[1], kind))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, cols", [(1, 2048), (8, 70), (3, 5)])
+def test_a_matrix_of_few_rows(rows: int, cols: int, dtype: torch.dtype, calls: Calls) -> None:
+    torch.manual_seed(rows)
+    own = nn.Linear(cols, rows, bias=False, dtype=dtype).eval().requires_grad_(False)
+    ours = make_fused(copy.deepcopy(own))
+    for shape in ((1, cols), (8, cols), (2, 3, cols)):
+        x = torch.randn(shape).to(dtype)
+        assert near(ours(x), own(x))
+    assert calls.count["linear"] == 4, "a trial, and each of these"
+    assert torch.equal(ours(x[:, :1].expand(2, 9, cols)), own(x[:, :1].expand(2, 9, cols)))
+    ours(torch.randn(9, cols).to(dtype))
+    assert calls.count["linear"] == 4, "many tokens are torch's"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("linear", [nn.Linear(64, 9, bias=False), nn.Linear(64, 1), nn.Bilinear(64, 64, 1, bias=False)])
+def test_other_matrices_are_left_alone(linear: nn.Module) -> None:
+    assert type(make_fused(copy.deepcopy(linear))) is type(linear)
 
 
 @torch.no_grad()

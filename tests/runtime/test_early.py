@@ -6,11 +6,19 @@ import torch
 import fate
 from fate.errors import ClosedError
 from fate.runtime.backend import LayerRuntime
+from fate.runtime.payoff import TRIAL, Payoff
 from runtime_support import stepwise_logits
 from tiny import tiny_store
 
 EARLY = fate.System("early", predictor="none", early_routing=True)
 LATE = fate.System("late", predictor="none")
+
+
+@pytest.fixture(autouse=True)
+def always(request, monkeypatch):
+    """Ask early however small the model is, but where a test is about that."""
+    if "payoff" not in request.node.name:
+        monkeypatch.setattr(Payoff, "pays", True)
 
 
 @pytest.mark.parametrize("family, early", [("qwen2_moe", True), ("deepseek_v3", False), ("mixtral", False)])
@@ -36,7 +44,9 @@ def test_a_router_that_says_something_else_the_second_time(prompt, monkeypatch):
         expected = stepwise_logits(model, ids)
     real = LayerRuntime.begin_early
     monkeypatch.setattr(
-        LayerRuntime, "begin_early", lambda self, x, pairs: real(self, x, {(e + 1) % 8: n for e, n in pairs.items()})
+        LayerRuntime,
+        "begin_early",
+        lambda self, x, pairs, start: real(self, x, {(e + 1) % 8: n for e, n in pairs.items()}, start),
     )
     with fate.load(tiny_store("qwen2_moe"), experts="60%", system=EARLY) as model:
         assert torch.equal(stepwise_logits(model, ids), expected)
@@ -75,3 +85,36 @@ def test_closed_between_the_early_word_and_the_experts(prompt, monkeypatch):
         monkeypatch.setattr(LayerRuntime, "begin_early", lambda self, *args: (real(self, *args), model.fate.close()))
         with pytest.raises(ClosedError):
             model(prompt % 250)
+
+
+def test_payoff_where_a_layer_waits():
+    payoff = Payoff()
+    for _ in range(TRIAL - 1):
+        payoff.asked(0.001)
+        payoff.waited(0.0)
+        assert payoff.pays, "too early to say"
+    payoff.waited(0.0)
+    assert not payoff.pays
+    for _ in range(60):
+        payoff.waited(0.010)
+    assert payoff.pays, "it waits now"
+    for _ in range(60):
+        payoff.waited(0.0002)
+    assert not payoff.pays
+
+
+def test_payoff_decides_by_prompts_and_tokens_apart(prompt, monkeypatch):
+    """Of a layer that never waits, only the first forwards of each kind ask."""
+    asked = []
+    real = LayerRuntime.begin_early
+    monkeypatch.setattr(
+        LayerRuntime, "begin_early", lambda self, x, *args: (asked.append((self.index, len(x))), real(self, x, *args))
+    )
+    monkeypatch.setattr(Payoff, "waited", lambda self, seconds, real=Payoff.waited: real(self, 0.0))
+    with fate.load(tiny_store("qwen2_moe"), experts="60%", system=EARLY) as model:
+        for _ in range(TRIAL + 2):
+            stepwise_logits(model, prompt % 250)
+    of_first_layer = [tokens for layer, tokens in asked if layer == 0]
+    assert sum(tokens > 1 for tokens in of_first_layer) <= TRIAL
+    assert sum(tokens == 1 for tokens in of_first_layer) <= TRIAL
+    assert len(asked) > TRIAL

@@ -34,13 +34,24 @@ class Reads:
         transfer.demand = True
         return 4  # bytes that had come by then
 
+    def busy_s(self):
+        return 0.0
+
+
+def choose(routing, missing):
+    """All but the first missing expert of a prompt may do with INT2."""
+    wanted = dict.fromkeys(routing.experts, Precision.FULL)
+    if routing.prefill and routing.tokens > 4:
+        wanted.update(dict.fromkeys(missing[1:], Precision.INT2))
+    return wanted
+
 
 @pytest.fixture
 def manager():
     """Three layers of eight experts, one cached each, two transient slots."""
     layout = SimpleNamespace(span=lambda held, wanted: (0, EXPERT_BYTES))
     header = SimpleNamespace(layers=[SimpleNamespace(num_experts=8)] * 3, layout=lambda layer: layout)
-    precision = SimpleNamespace(choose=lambda routing, missing: dict.fromkeys(routing.experts, Precision.FULL))
+    precision = SimpleNamespace(choose=choose)
     return ExpertManager(header, ExpertCache([1, 1, 1], 2, POLICIES.get("lru")), Reads(), precision)
 
 
@@ -67,3 +78,19 @@ def test_what_was_guessed_of_an_expert_is_what_had_come_before_the_early_word(ma
     manager.begin(Routing(0, {3: 1}))
     stats = manager.stats[0]
     assert (stats.prefetch_bytes, stats.prefetch_used_bytes, stats.wasted_bytes) == (4, 4, 0)
+
+
+def test_a_guess_is_read_as_deep_as_its_layer_will_want_it(manager):
+    """A prompt's by what is missing when it is made; what follows the prompt, whole."""
+    manager.cache.admit(ExpertKey(1, 7)).precision = Precision.FULL
+    manager.begin_phase(prefill=True)
+    manager.guess([Prediction(1, ((7, 1.0), (3, 0.9), (4, 0.8)))], tokens=32)
+    depths = {entry.key.expert: entry.transfer.precision for entry in manager.cache.staged()}
+    assert depths == {3: Precision.FULL, 4: Precision.INT2}
+    manager.drop_guesses()
+    manager.begin_phase(prefill=False)
+    manager.guess([Prediction(1, ((3, 0.9), (4, 0.8)))])
+    manager.begin_phase(prefill=True)  # another prompt begins before these were of use
+    manager.pump()
+    depths = {entry.key.expert: entry.transfer.precision for entry in manager.cache.staged()}
+    assert depths == {3: Precision.FULL, 4: Precision.FULL}

@@ -6,6 +6,7 @@ import torch
 import fate
 from fate.cache import POLICIES
 from fate.runtime.backend import LayerRuntime
+from fate.runtime.payoff import Payoff
 from fate.sim.belady import belady_misses
 from fate.sim.curves import lru_miss_curves
 from fate.sim.replay import CacheCounts, replay
@@ -52,11 +53,12 @@ def test_early_demands_are_no_accesses(experts, monkeypatch):
     words = []
     real = LayerRuntime.begin_early
 
-    def sometimes_wrong(self, gate_input, pairs):
+    def sometimes_wrong(self, gate_input, pairs, start):
         words.append(len(words) % 5 == 4)
-        real(self, gate_input, {(e + 1) % 8: n for e, n in pairs.items()} if words[-1] else pairs)
+        real(self, gate_input, {(e + 1) % 8: n for e, n in pairs.items()} if words[-1] else pairs, start)
 
     monkeypatch.setattr(LayerRuntime, "begin_early", sometimes_wrong)
+    monkeypatch.setattr(Payoff, "pays", True)
     trace, capacities, layer_stats = run("arc", experts, early_routing=True)
     assert words.count(True) > 10
     result = replay(trace, capacities, POLICIES.get("arc"))

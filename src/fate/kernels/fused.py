@@ -103,6 +103,20 @@ def route(
     return logits, scores, indices
 
 
+def multiply_few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x [tokens, cols] times weight [rows, cols] of x's dtype, contiguous: [tokens, rows], summed in float32. On one
+    thread: for a matrix that is read sooner than torch has begun."""
+    rows, cols = weight.shape
+    if x.shape[-1] != cols or weight.dtype != x.dtype or not weight.is_contiguous():
+        raise ValueError(f"x has shape {tuple(x.shape)}: this matrix takes [tokens, {cols}] {weight.dtype}")
+    tokens = x.numel() // cols
+    out = torch.empty(tokens, rows, dtype=x.dtype)
+    native.extension().multiply_few_rows(
+        weight.data_ptr(), x.data_ptr(), DTYPE_CODES[x.dtype], rows, cols, tokens, out.data_ptr()
+    )
+    return out
+
+
 def gated_mlp(x: Tensor, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix) -> Tensor:
     """down(silu(gate(x)) * up(x)) of x [tokens, hidden], no biases."""
     dtype = x.dtype

@@ -22,6 +22,7 @@ from fate.models.routers import RouterGate
 from fate.predict import Predictor
 from fate.runtime.lease import Lease
 from fate.runtime.manager import ExpertManager, Slot
+from fate.runtime.payoff import Payoff
 from fate.runtime.slots import SlotPool
 from fate.runtime.switch import PrefetchSwitch
 
@@ -50,6 +51,7 @@ class LayerRuntime:
         self._switch = switch
         self._layout = manager.header.layout(self.index)
         self._gate_input = self._early = None
+        self._payoffs = {prefill: Payoff() for prefill in (False, True)}
 
     def on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the layer's router."""
@@ -57,13 +59,14 @@ class LayerRuntime:
             self._gate_input = self._gate.record(args, kwargs)
 
     @property
-    def expects_misses(self) -> bool:
+    def asks_early(self) -> bool:
         """Whether asking the router early may pay; like guessing, it is given up where measurement shows a loss."""
-        return self._switch.on and self.manager.incomplete(self.index)
+        manager = self.manager
+        return self._switch.on and manager.incomplete(self.index) and self._payoffs[manager.prefill].pays
 
-    def begin_early(self, gate_input: torch.Tensor, pairs: dict[int, int]) -> None:
+    def begin_early(self, gate_input: torch.Tensor, pairs: dict[int, int], start: float) -> None:
         """The router's word (pairs of each expert) before the model itself asks for it: demand what is missing now
-        (see `early.py`)."""
+        (see `early.py`). start: when it was asked (`time.perf_counter`)."""
         manager = self.manager
         self._early = None
         with manager.lock:
@@ -72,6 +75,7 @@ class LayerRuntime:
             with manager.between_leases():
                 routing = self._routing(pairs, gate_input.shape[0])
                 manager.demand_early(routing)
+                self._payoffs[manager.prefill].asked(time.perf_counter() - start)
                 self._predict(routing, gate_input)
             self._early = pairs
 
@@ -81,11 +85,14 @@ class LayerRuntime:
         x = x.contiguous()
         work = (_OneToken if x.shape[0] == 1 else _Work)(x, top_k_index, top_k_weights, self._num_experts)
         manager = self.manager
+        stats, payoff = manager.stats[self.index], self._payoffs[manager.prefill]
+        stall_s = stats.stall_s
         with manager.lock, self._lease(work) as lease:
             for group in lease:
                 began = time.perf_counter()
                 self._compute(group, work)
                 self._note(began, "compute", "expert_compute_s")
+        payoff.waited(stats.stall_s - stall_s)
         out = kernels.reduce_rows(work.rows, work.weights, x.dtype)
         self._note(start, "layer", "total_s")
         if manager.recorder is not None:
@@ -110,7 +117,7 @@ class LayerRuntime:
         if not self._switch.on:
             return
         start = time.perf_counter()
-        self.manager.guess(self._predictor.predict(routing, gate_input))
+        self.manager.guess(self._predictor.predict(routing, gate_input), routing.tokens)
         self._note(start, "predict", "predict_s")
 
     def _note(self, start: float, kind: str, counter: str) -> None:

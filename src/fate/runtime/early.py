@@ -3,11 +3,13 @@ router names the missing experts while the shared expert still has to be compute
 
 Which blocks these are is observed, not known by name: in its first forward a block shows whether another of its
 modules runs before the router and whether the router sees just what the block was given. The early word is only a
-head start for reads: what counts as accessed, and enters the cache, is what the model itself routes.
+head start for reads: what counts as accessed, and enters the cache, is what the model itself routes. It is asked for
+where the layer waits long enough for that to matter (`payoff.py`).
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -30,10 +32,10 @@ class EarlyRouter:
         self._others_first = False
         assert layer.router is not None
         layer.block.register_forward_pre_hook(self._on_block, with_kwargs=True)
+        self._watching = [layer.router.register_forward_pre_hook(self._on_router, with_kwargs=True)]
         for child in layer.block.children():
             if child not in (layer.router, layer.experts):
-                child.register_forward_pre_hook(self._on_other)
-        layer.router.register_forward_pre_hook(self._on_router, with_kwargs=True)
+                self._watching.append(child.register_forward_pre_hook(self._on_other))
 
     @property
     def pays(self) -> bool:
@@ -41,15 +43,18 @@ class EarlyRouter:
         return bool(self._pays)
 
     def _on_block(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._pays is False:
+            return
         given = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(given, torch.Tensor):
-            self._pays = False
+            self._conclude(False)
         elif self._pays is None:
             self._given, self._others_first = given, False
-        elif self._pays and self.enabled and self._runtime.expects_misses:
+        elif self.enabled and self._runtime.asks_early:
+            start = time.perf_counter()
             pairs = self._pairs(given)
             if pairs is not None:
-                self._runtime.begin_early(given.reshape(-1, given.shape[-1]), pairs)
+                self._runtime.begin_early(given.reshape(-1, given.shape[-1]), pairs, start)
 
     def _pairs(self, given: torch.Tensor) -> dict[int, int] | None:
         if (chosen := self._gate.chosen(given)) is not None:
@@ -61,10 +66,16 @@ class EarlyRouter:
         self._others_first = True
 
     def _on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._pays is None and self._given is not None:
+        if self._given is not None:
             seen = args[0] if args else kwargs.get("hidden_states")
-            self._pays = self._others_first and isinstance(seen, torch.Tensor) and _same_data(seen, self._given)
+            self._conclude(self._others_first and isinstance(seen, torch.Tensor) and _same_data(seen, self._given))
             self._given = None
+
+    def _conclude(self, pays: bool) -> None:
+        """The block has been watched: a module with hooks takes longer to call."""
+        self._pays = pays
+        for hook in self._watching:
+            hook.remove()
 
 
 def _same_data(a: torch.Tensor, b: torch.Tensor) -> bool:

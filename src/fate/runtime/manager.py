@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -65,6 +65,7 @@ class ExpertManager:
         self._named: dict[int, set[int]] = {}  # experts named for a layer since it last ran
         self._ranking: dict[int, tuple[int, ...]] = {}  # the last word on it
         self._wishes: dict[int, dict[int, float]] = {}  # layer -> expert -> confidence: to be staged
+        self._depths: dict[int, Mapping[int, Precision]] = {}  # how deep wishes of a prompt are read
         self._draining: list[tuple[Transfer, int]] = []  # cancelled reads that still write to their slot
 
     def begin_phase(self, prefill: bool) -> None:
@@ -157,16 +158,29 @@ class ExpertManager:
             else:
                 return
 
-    def guess(self, predictions: Iterable[Prediction]) -> None:
-        """Take a predictor's word on layers to come, instead of its earlier one, and stage what there is room for."""
+    def guess(self, predictions: Iterable[Prediction], tokens: int = 1) -> None:
+        """Take a predictor's word on layers to come, instead of its earlier one, and stage what there is room for.
+        tokens: of the forward they were made in."""
         for prediction in predictions:
             layer = prediction.layer
             self._named.setdefault(layer, set()).update(prediction.experts)
             self._ranking[layer] = prediction.experts
             wishes = {expert: confidence for expert, confidence in prediction.ranked if confidence > 0}
             self._wishes[layer] = wishes
+            self._depths.pop(layer, None)
+            if self.prefill:
+                self._depths[layer] = self._foreseen(prediction, tokens)
             self._revise(layer, wishes)
         self.pump()
+
+    def _foreseen(self, prediction: Prediction, tokens: int) -> Mapping[int, Precision]:
+        """What the layer will want of the experts named, if its routing is what was foretold."""
+        routing = Routing(prediction.layer, dict.fromkeys(prediction.experts, 1), tokens, prefill=True)
+        return self.precision.choose(routing, [e for e in routing.experts if not self._is_whole(routing.layer, e)])
+
+    def _is_whole(self, layer: int, expert: int) -> bool:
+        entry = self.cache.lookup(ExpertKey(layer, expert))
+        return entry is not None and entry.precision is Precision.FULL
 
     def _revise(self, layer: int, wishes: dict[int, float]) -> None:
         """Earlier guesses for the layer get their new confidence; one that is no longer named is not read further."""
@@ -211,10 +225,10 @@ class ExpertManager:
         settled = entry.transfer is None and entry.precision is not None and not entry.staged
         if not settled or self.prefill or entry.precision is Precision.FULL:
             return True
-        return self._wanted_when_decoding(entry.key) is Precision.INT2 or self._send_guess(entry, confidence)
+        return self._wanted(entry.key) is Precision.INT2 or self._send_guess(entry, confidence)
 
     def _send_guess(self, entry: Slot, confidence: float) -> bool:
-        transfer = self._transfer(entry, self._wanted_when_decoding(entry.key))
+        transfer = self._transfer(entry, self._wanted(entry.key))
         transfer.demand, transfer.confidence = False, confidence
         entry.transfer = transfer
         if self.scheduler.prefetch(transfer):
@@ -222,8 +236,11 @@ class ExpertManager:
         entry.transfer = None
         return False
 
-    def _wanted_when_decoding(self, key: ExpertKey) -> Precision:
-        return self.precision.choose(Routing(key.layer, {key.expert: 1}, prefill=self.prefill), ())[key.expert]
+    def _wanted(self, key: ExpertKey) -> Precision:
+        """How deep a guess is read."""
+        if (foreseen := self._depths.get(key.layer)) is not None:
+            return foreseen[key.expert]
+        return self.precision.choose(Routing(key.layer, {key.expert: 1}), ())[key.expert]
 
     def _weakest_guess(self, below: float) -> Slot | None:
         guesses = [e for e in self.cache.staged() if e.prefetched and e.key not in self.cache.pinned]
@@ -233,6 +250,7 @@ class ExpertManager:
     def expire(self, routing: Routing) -> None:
         """Routing is known: guesses for this layer that it did not confirm go, and so do wishes."""
         self._wishes.pop(routing.layer, None)
+        self._depths.pop(routing.layer, None)
         for entry in self.cache.staged():
             if entry.key.layer == routing.layer and entry.key.expert not in routing.pairs_per_expert:
                 self.drop_staged(entry)
@@ -248,6 +266,7 @@ class ExpertManager:
         self._named.clear()
         self._ranking.clear()
         self._wishes.clear()
+        self._depths.clear()
 
     def demand(self, entry: Slot, wanted: Precision) -> None:
         """Queue the read that brings `entry` from what it holds to `wanted`."""

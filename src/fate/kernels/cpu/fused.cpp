@@ -87,12 +87,11 @@ const void* element(const void* base, DType dtype, int64_t index) {
     return static_cast<const char*>(base) + index * item_bytes(dtype);
 }
 
-void project(const HeadsCall& call, const Projection& to, bool rotated) {
+// Norm and rotation of what a matrix gave.
+void finish(const HeadsCall& call, const Projection& to) {
     const int64_t rows = to.matrix.rows, heads = rows / call.head_dim;
-    linear(to.matrix, call.x, call.dtype, call.tokens, to.bias, to.out, call.threads);
     if (to.norm.weight != nullptr)
         rms_norm(to.norm, to.out, call.dtype, call.tokens * rows / to.norm.cols, to.out, call.threads);
-    if (!rotated) return;
     for (int64_t at = 0; at < call.tokens * heads; ++at) {
         const int64_t place = at / heads * call.rotary.step;
         rotate_head(call.dtype, element(to.out, call.dtype, at * call.head_dim),
@@ -100,6 +99,8 @@ void project(const HeadsCall& call, const Projection& to, bool rotated) {
                     call.rotary.dim);
     }
 }
+
+Product product_of(const Projection& to) { return {to.matrix, to.bias, to.out}; }
 
 }  // namespace
 
@@ -110,9 +111,10 @@ void rms_norm(const Norm& norm, const void* x, DType dtype, int64_t rows, void* 
 }
 
 void project_heads(const HeadsCall& call) {
-    project(call, call.query, true);
-    project(call, call.key, true);
-    project(call, call.value, false);
+    linear({product_of(call.query), product_of(call.key), product_of(call.value)}, call.x, call.dtype, call.tokens,
+           call.threads);
+    finish(call, call.query);
+    finish(call, call.key);
 }
 
 void gated_mlp(const Matrix& gate, const Matrix& up, const Matrix& down, const void* x, DType dtype, int64_t tokens,
@@ -120,17 +122,16 @@ void gated_mlp(const Matrix& gate, const Matrix& up, const Matrix& down, const v
     const int64_t count = tokens * gate.rows;
     std::vector<float> memory(2 * count);  // enough for any dtype
     void *gated = memory.data(), *upped = memory.data() + count;
-    linear(gate, x, dtype, tokens, nullptr, gated, threads);
-    linear(up, x, dtype, tokens, nullptr, upped, threads);
+    linear({{gate, nullptr, gated}, {up, nullptr, upped}}, x, dtype, tokens, threads);
     swiglu_in_place(dtype, gated, upped, count);
-    linear(down, gated, dtype, tokens, nullptr, out, threads);
+    linear({{down, nullptr, out}}, gated, dtype, tokens, threads);
 }
 
 void attend_project(AttentionCall call, const Matrix& matrix, const void* bias, void* out) {
     std::vector<float> heads(call.batch * call.heads * call.value_dim);
     call.out = heads.data();
     attend(call);
-    linear(matrix, heads.data(), call.dtype, call.batch, bias, out, call.threads);
+    linear({{matrix, bias, out}}, heads.data(), call.dtype, call.batch, call.threads);
 }
 
 }  // namespace fate

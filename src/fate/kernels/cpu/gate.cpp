@@ -66,6 +66,16 @@ std::vector<std::pair<int, float>> rank_experts(const void* weights, const void*
     return ranked;
 }
 
+void multiply_few_rows(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, void* out) {
+    std::vector<float> input(cols), products(rows);
+    const int64_t item = item_bytes(dtype);
+    for (int64_t t = 0; t < tokens; ++t) {
+        compute_logits(weights, static_cast<const char*>(x) + t * cols * item, dtype, rows, cols, input.data(),
+                       products.data());
+        store_floats(products.data(), rows, dtype, static_cast<char*>(out) + t * rows * item);
+    }
+}
+
 void route(const void* weights, const void* x, DType dtype, int experts, int hidden, const Choice& choice) {
     std::vector<float> input(hidden), logits(experts), scores(choice.top_k);
     compute_logits(weights, x, dtype, experts, hidden, input.data(), logits.data());

@@ -1,4 +1,4 @@
-// Asking a gate of one token's activations, for prediction: near enough to the model's own arithmetic, and cheap.
+// Matrices of few rows, as gates are, times few tokens: near enough to the model's own arithmetic, and cheap.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,9 @@ namespace fate {
 // Weights and x are of `dtype`.
 std::vector<std::pair<int, float>> rank_experts(const void* weights, const void* x, DType dtype, int experts,
                                                 int hidden, int limit);
+
+// x [tokens, cols] times weights [rows, cols] -> out [tokens, rows]; all of `dtype`, summed in float32.
+void multiply_few_rows(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, void* out);
 
 // A softmax router's answer for one token: logits [experts] = weights x, rounded to `dtype`, the `top_k` largest of
 // their softmax, largest first (of equals the lower index), divided by their sum if `normalize`.

@@ -17,36 +17,37 @@ struct LinearScratch {
     char* kernel;   // [threads][kernel_bytes]
     int64_t floats_each, kernel_bytes;
 
-    LinearScratch(const Matrix& matrix, int tokens, bool blocked, int threads) {
+    LinearScratch(int cols, int groups, int tokens, bool blocked, int threads) {
         const int num_blocks = blocked ? blocks_of(tokens) : 0;
-        floats_each = round_up(std::max<int>(matrix.cols, kTileFloats + kTileRows), kLanes);
-        kernel_bytes = Scratch::rounded(tile_kernels().scratch_bytes(matrix.groups));
+        floats_each = round_up(std::max<int>(cols, kTileFloats + kTileRows), kLanes);
+        kernel_bytes = Scratch::rounded(tile_kernels().scratch_bytes(groups));
         Scratch& scratch = Scratch::reserve(
-            rows_bytes(tokens, matrix.groups) + Scratch::rounded(tokens * sizeof(TokenRow)) +
-            blocks_bytes(num_blocks, matrix.groups) + threads * (floats_each * sizeof(float) + kernel_bytes));
-        quantized = take_rows(scratch, tokens, matrix.groups);
+            rows_bytes(tokens, groups) + Scratch::rounded(tokens * sizeof(TokenRow)) +
+            blocks_bytes(num_blocks, groups) + threads * (floats_each * sizeof(float) + kernel_bytes));
+        quantized = take_rows(scratch, tokens, groups);
         rows = scratch.take<TokenRow>(tokens);
-        blocks = take_blocks(scratch, num_blocks, matrix.groups);
+        blocks = take_blocks(scratch, num_blocks, groups);
         floats = scratch.take<float>(threads * floats_each);
         kernel = scratch.take<char>(threads * kernel_bytes);
     }
 };
 
 struct LinearPass {
-    const Matrix& matrix;
+    std::initializer_list<Product> products;  // at least one, all of `cols` columns
     const char* x;
     DType dtype;
     int tokens;
-    const char* bias;
-    char* out;
+    int64_t first_token;  // of the outputs' rows
+    int cols, groups;
 
     void quantize(const LinearScratch& scratch, int token, float* floats) const {
-        load_floats(x + static_cast<int64_t>(token) * matrix.cols * item_bytes(dtype), dtype, matrix.cols, floats);
-        quantize_row(floats, matrix.cols, scratch.quantized, token);
+        load_floats(x + static_cast<int64_t>(token) * cols * item_bytes(dtype), dtype, cols, floats);
+        quantize_row(floats, cols, scratch.quantized, token);
     }
 
-    // Tile -> out, with the bias, in the caller's dtype.
-    void store(int row, int count, int first, int n, float* tile, float* bias_floats) const {
+    // Tile -> the product's out, with its bias, in the caller's dtype.
+    void store(const Product& product, int row, int count, int first, int n, float* tile, float* bias_floats) const {
+        const char* bias = static_cast<const char*>(product.bias);
         if (bias != nullptr)
             load_floats(bias + static_cast<int64_t>(row) * item_bytes(dtype), dtype, count, bias_floats);
         for (int t = 0; t < n; ++t) {
@@ -54,20 +55,25 @@ struct LinearPass {
             if (bias != nullptr) {
                 for (int r = 0; r < count; ++r) values[r] += bias_floats[r];
             }
-            const int64_t at = static_cast<int64_t>(first + t) * matrix.rows + row;
-            store_floats(values, count, dtype, out + at * item_bytes(dtype));
+            const int64_t at = (first_token + first + t) * product.matrix.rows + row;
+            store_floats(values, count, dtype, static_cast<char*>(product.out) + at * item_bytes(dtype));
         }
     }
 
     void run(int threads) const {
         const TileKernels& kernels = tile_kernels();
         const bool blocked = tokens >= kernels.block_min_tokens;
-        const LinearScratch scratch(matrix, tokens, blocked, threads);
+        const LinearScratch scratch(cols, groups, tokens, blocked, threads);
         const Tokens view{tokens, scratch.rows, scratch.blocks, blocked};
         const int num_blocks = blocked ? blocks_of(tokens) : 0;
-        const int per_item = item_rows(matrix.rows, threads);
-        const int row_items = (matrix.rows + per_item - 1) / per_item;
         const int token_items = (tokens + kTileTokens - 1) / kTileTokens;
+        int64_t rows = 0, items = 0;
+        for (const Product& product : products) rows += product.matrix.rows;
+        const int per_item = item_rows(static_cast<int>(std::min<int64_t>(rows, INT32_MAX)), threads);
+        const auto items_of = [&](const Product& product) {
+            return static_cast<int64_t>((product.matrix.rows + per_item - 1) / per_item) * token_items;
+        };
+        for (const Product& product : products) items += items_of(product);
         for (int t = 0; t < tokens; ++t) scratch.rows[t] = scratch.quantized.row(t);
         // Few tokens are quantized sooner than a helper comes.
         parallel_for(tokens, tokens > 2 ? threads : 1, [&](int64_t token, int thread) {
@@ -77,32 +83,32 @@ struct LinearPass {
             const int first = static_cast<int>(block) * kBlockTokens;
             interleave(scratch.rows + first, std::min(tokens - first, kBlockTokens), scratch.blocks, block);
         });
-        parallel_for(row_items * token_items, threads, [&](int64_t index, int thread) {
-            const int item = static_cast<int>(index);
-            const int row = item / token_items * per_item, first = item % token_items * kTileTokens;
-            const int count = std::min(matrix.rows - row, per_item), n = std::min(tokens - first, kTileTokens);
+        parallel_for(items, threads, [&](int64_t item, int thread) {
+            const Product* product = products.begin();
+            for (int64_t n; item >= (n = items_of(*product)); ++product) item -= n;
+            const int row = static_cast<int>(item / token_items) * per_item;
+            const int first = static_cast<int>(item % token_items) * kTileTokens;
+            const int count = std::min(product->matrix.rows - row, per_item);
+            const int n = std::min(tokens - first, kTileTokens);
             float* floats = scratch.floats + thread * scratch.floats_each;
-            multiply(kernels, matrix, row, count, view, first, n, floats, scratch.kernel + thread * scratch.kernel_bytes);
-            store(row, count, first, n, floats, floats + kTileFloats);
+            multiply(kernels, product->matrix, row, count, view, first, n, floats,
+                     scratch.kernel + thread * scratch.kernel_bytes);
+            store(*product, row, count, first, n, floats, floats + kTileFloats);
         });
     }
 };
 
 }  // namespace
 
-void linear(const Matrix& matrix, const void* x, DType dtype, int64_t tokens, const void* bias, void* out,
-            int threads) {
-    const int64_t item = item_bytes(dtype);
+void linear(std::initializer_list<Product> products, const void* x, DType dtype, int64_t tokens, int threads) {
+    const Matrix& any = products.begin()->matrix;
+    int64_t rows = 0;
+    for (const Product& product : products) rows += product.matrix.rows;
     for (int64_t first = 0; first < tokens; first += kMaxTokens) {
         const int n = static_cast<int>(std::min<int64_t>(kMaxTokens, tokens - first));
-        const int64_t work = static_cast<int64_t>(matrix.rows) * matrix.cols * n;
-        LinearPass{matrix,
-                   static_cast<const char*>(x) + first * matrix.cols * item,
-                   dtype,
-                   n,
-                   static_cast<const char*>(bias),
-                   static_cast<char*>(out) + first * matrix.rows * item}
-            .run(work < kMinParallelWork ? 1 : threads);
+        const char* rest = static_cast<const char*>(x) + first * any.cols * item_bytes(dtype);
+        LinearPass{products, rest, dtype, n, first, any.cols, any.groups}.run(
+            rows * any.cols * n < kMinParallelWork ? 1 : threads);
     }
 }
 

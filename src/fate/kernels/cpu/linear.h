@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "expert_activation.h"
 #include "layout.h"
@@ -9,8 +10,16 @@
 
 namespace fate {
 
-// x [tokens, cols] times the matrix, plus bias [rows] if not null -> out [tokens, rows]; all of `dtype`, contiguous.
-void linear(const Matrix& matrix, const void* x, DType dtype, int64_t tokens, const void* bias, void* out, int threads);
+// A matrix, its bias [rows] if not null, and what it gives, [tokens, rows].
+struct Product {
+    Matrix matrix;
+    const void* bias;
+    void* out;
+};
+
+// x [tokens, cols] times each matrix, plus its bias -> its out; all of `dtype`, contiguous. All matrices take x, which is
+// quantized once, and are shared out over the threads together.
+void linear(std::initializer_list<Product> products, const void* x, DType dtype, int64_t tokens, int threads);
 
 // One expert of a call: its record, read to INT2 depth if prefix_only, and its (token, rank) pairs.
 struct ExpertWork {

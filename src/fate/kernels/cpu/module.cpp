@@ -68,8 +68,8 @@ void bind_linear(const Record& record, int index, bool prefix_only, uint64_t pac
                  int64_t tokens, uint64_t bias, uint64_t out, int threads) {
     const Matrix matrix = matrix_of(record, index, prefix_only, packed);
     nb::gil_scoped_release release;
-    linear(matrix, pointer<const void>(x), static_cast<DType>(dtype), tokens, pointer<const void>(bias),
-           pointer<void>(out), threads);
+    linear({{matrix, pointer<const void>(bias), pointer<void>(out)}}, pointer<const void>(x), static_cast<DType>(dtype),
+           tokens, threads);
 }
 
 ExpertActivation make_activation(int kind, bool gated, bool interleaved, float alpha, float gate_max, float act_max,
@@ -215,6 +215,13 @@ void bind_route(uint64_t weights, uint64_t x, int dtype, std::tuple<int, int, in
            top_k, normalize});
 }
 
+// Keeps the interpreter, as above.
+void bind_multiply_few_rows(uint64_t weights, uint64_t x, int dtype, int rows, int cols, int64_t tokens, uint64_t out) {
+    require(rows > 0 && cols > 0, "a matrix needs rows and columns");
+    multiply_few_rows(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), rows, cols,
+                      tokens, pointer<void>(out));
+}
+
 using Packed = std::tuple<const Record*, uint64_t, uint64_t>;  // a record of one matrix, its address, its bias
 using NormOf = std::tuple<uint64_t, int, float, bool>;          // see Norm
 
@@ -294,6 +301,7 @@ NB_MODULE(_cpu, m) {
     m.def("attend", &bind_attend);
     m.def("attend_project", &bind_attend_project);
     m.def("route", &bind_route);
+    m.def("multiply_few_rows", &bind_multiply_few_rows);
     m.def("rms_norm", &bind_rms_norm);
     m.def("project_heads", &bind_project_heads);
     m.def("gated_mlp", &bind_gated_mlp);

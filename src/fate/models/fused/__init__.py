@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fate.kernels import native
 from fate.models.fused.attention import FusedAttention
 from fate.models.fused.base import Fused
+from fate.models.fused.linear import FusedLinear
 from fate.models.fused.mlp import FusedMLP
 from fate.models.fused.norm import FusedRMSNorm
 from fate.models.fused.router import FusedRouter
@@ -22,7 +23,7 @@ from fate.models.fused.router import FusedRouter
 __all__ = ["Fused", "fuse"]
 
 # Norms first: attention wants to know which of its norms are ours.
-_KINDS: tuple[type[Fused], ...] = (FusedRMSNorm, FusedMLP, FusedRouter, FusedAttention)
+_KINDS: tuple[type[Fused], ...] = (FusedRMSNorm, FusedLinear, FusedMLP, FusedRouter, FusedAttention)
 
 
 def fuse(model: PreTrainedModel) -> None:

@@ -99,8 +99,12 @@ def test_payoff_where_a_layer_waits():
         payoff.waited(0.010)
     assert payoff.pays, "it waits now"
     for _ in range(60):
+        payoff.asked(0.001)
         payoff.waited(0.0002)
     assert not payoff.pays
+    for _ in range(100):
+        payoff.waited(0.0002)
+    assert payoff.pays, "what asking took is forgotten"
 
 
 def test_payoff_decides_by_prompts_and_tokens_apart(prompt, monkeypatch):
@@ -115,6 +119,5 @@ def test_payoff_decides_by_prompts_and_tokens_apart(prompt, monkeypatch):
         for _ in range(TRIAL + 2):
             stepwise_logits(model, prompt % 250)
     of_first_layer = [tokens for layer, tokens in asked if layer == 0]
-    assert sum(tokens > 1 for tokens in of_first_layer) <= TRIAL
-    assert sum(tokens == 1 for tokens in of_first_layer) <= TRIAL
-    assert len(asked) > TRIAL
+    assert sum(tokens > 1 for tokens in of_first_layer) == TRIAL - 1, "the block was watched in the first"
+    assert sum(tokens == 1 for tokens in of_first_layer) == TRIAL

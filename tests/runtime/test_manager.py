@@ -87,10 +87,43 @@ def test_a_guess_is_read_as_deep_as_its_layer_will_want_it(manager):
     manager.guess([Prediction(1, ((7, 1.0), (3, 0.9), (4, 0.8)))], tokens=32)
     depths = {entry.key.expert: entry.transfer.precision for entry in manager.cache.staged()}
     assert depths == {3: Precision.FULL, 4: Precision.INT2}
-    manager.drop_guesses()
+
+
+def test_guesses_of_another_phase_are_read_whole(manager):
+    """Wishes that find room only after the phase has changed."""
+
+    def staged_when_room_comes(before, after):
+        held = [manager.cache.stage(ExpertKey(2, expert)) for expert in (0, 1)]
+        for entry in held:
+            manager.cache.pinned.add(entry.key)
+        manager.begin_phase(prefill=before)
+        manager.guess([Prediction(1, ((3, 0.9), (4, 0.8)))], tokens=32)
+        manager.begin_phase(prefill=after)
+        for entry in held:
+            manager.cache.pinned.discard(entry.key)
+            manager.cache.drop(entry)
+        assert not list(manager.cache.staged())
+        manager.pump()
+        found = {entry.key.expert: entry.transfer.precision for entry in manager.cache.staged()}
+        manager.drop_guesses()
+        return found
+
+    whole = {3: Precision.FULL, 4: Precision.FULL}
+    assert staged_when_room_comes(before=True, after=True) == {**whole, 4: Precision.INT2}
+    assert staged_when_room_comes(before=True, after=False) == whole
+    assert staged_when_room_comes(before=False, after=True) == whole
+
+
+def test_a_guess_read_to_less_than_its_layer_wants_is_completed(manager):
+    """And keeps nothing else of the layer waiting meanwhile."""
+    manager.begin_phase(prefill=True)
+    manager.guess([Prediction(1, ((3, 0.9), (4, 0.8)))], tokens=32)
     manager.begin_phase(prefill=False)
-    manager.guess([Prediction(1, ((3, 0.9), (4, 0.8)))])
-    manager.begin_phase(prefill=True)  # another prompt begins before these were of use
-    manager.pump()
-    depths = {entry.key.expert: entry.transfer.precision for entry in manager.cache.staged()}
-    assert depths == {3: Precision.FULL, 4: Precision.FULL}
+    manager.scheduler.wait_any = lambda transfers: [setattr(each, "state", State.DONE) for each in transfers]
+    with manager.begin(Routing(1, {4: 1, 6: 1})) as lease:
+        demanded = [key.expert for kind, key in manager.scheduler.log if kind == "demand"]
+        assert demanded == [6], "at once, though the guess has not arrived"
+        groups = [[entry.key.expert for entry in group] for group in lease]
+    assert groups == [[6], [4]]
+    assert manager.scheduler.log[-1] == ("demand", ExpertKey(1, 4))
+    assert manager.cache.lookup(ExpertKey(1, 4)).precision is Precision.FULL

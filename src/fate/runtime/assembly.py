@@ -106,7 +106,13 @@ class Assembly:
     @property
     def routes_early(self) -> bool:
         """Whether some block was seen to run another module before its router, which then can be asked first."""
-        return any(early.pays for early in self._early)
+        return any(early.possible for early in self._early)
+
+    def set_pace(self, bytes_per_s: float | None) -> None:
+        """Of the emulated link; what layers measured of another counts no more."""
+        self.link.bytes_per_s = bytes_per_s
+        for runtime in self._runtimes:
+            runtime.measure_again()
 
     def build(self, system: System, plan: MemoryPlan, link: float | None) -> Engine:
         """A new engine with an empty cache, which the model's layers use from now on. link: see `LoadOptions`."""

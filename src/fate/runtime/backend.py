@@ -51,6 +51,10 @@ class LayerRuntime:
         self._switch = switch
         self._layout = manager.header.layout(self.index)
         self._gate_input = self._early = None
+        self.measure_again()
+
+    def measure_again(self) -> None:
+        """What was measured was at another pace."""
         self._payoffs = {prefill: Payoff() for prefill in (False, True)}
 
     def on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -27,7 +27,7 @@ class EarlyRouter:
         self._gate = gate
         self._runtime = runtime
         self._num_experts = layer.num_experts
-        self._pays: bool | None = None  # unknown until the block has been watched once
+        self._possible: bool | None = None  # unknown until the block has been watched once
         self._given: torch.Tensor | None = None
         self._others_first = False
         assert layer.router is not None
@@ -38,17 +38,17 @@ class EarlyRouter:
                 self._watching.append(child.register_forward_pre_hook(self._on_other))
 
     @property
-    def pays(self) -> bool:
-        """Whether asking early gains time in this block; False until it has been watched once."""
-        return bool(self._pays)
+    def possible(self) -> bool:
+        """Whether the block's router can be asked early; False until the block has been watched once."""
+        return bool(self._possible)
 
     def _on_block(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._pays is False:
+        if self._possible is False:
             return
         given = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(given, torch.Tensor):
             self._conclude(False)
-        elif self._pays is None:
+        elif self._possible is None:
             self._given, self._others_first = given, False
         elif self.enabled and self._runtime.asks_early:
             start = time.perf_counter()
@@ -65,15 +65,16 @@ class EarlyRouter:
     def _on_other(self, module: Any, args: tuple[Any, ...]) -> None:
         self._others_first = True
 
-    def _on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """kwargs: torch leaves them out where another thread's forward removes the hook meanwhile."""
         if self._given is not None:
-            seen = args[0] if args else kwargs.get("hidden_states")
+            seen = args[0] if args else (kwargs or {}).get("hidden_states")
             self._conclude(self._others_first and isinstance(seen, torch.Tensor) and _same_data(seen, self._given))
             self._given = None
 
-    def _conclude(self, pays: bool) -> None:
+    def _conclude(self, possible: bool) -> None:
         """The block has been watched: a module with hooks takes longer to call."""
-        self._pays = pays
+        self._possible = possible
         for hook in self._watching:
             hook.remove()
 

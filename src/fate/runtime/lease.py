@@ -109,10 +109,7 @@ class Lease:
         held = entry.precision is not None and entry.precision >= wanted
         if entry.transfer is not None and not held:
             m.scheduler.upgrade(entry.transfer)
-            if entry.transfer.precision < wanted:
-                self._wait([entry])  # rare: the rest must follow the prefix
-                self._settle_or_raise(entry)
-        if entry.transfer is None and (entry.precision is None or entry.precision < wanted):
+        elif not held:
             m.demand(entry, wanted)
         (self._ready if held else self._waiting).append(entry)
 
@@ -138,10 +135,16 @@ class Lease:
             self._demand(entry)
 
     def _landed(self) -> list[Slot]:
-        landed = [e for e in self._waiting if e.transfer is None or e.transfer.finished]
-        for entry in landed:
+        """What has arrived whole enough; of a guess that was read to less, the rest is demanded."""
+        landed = []
+        for entry in [e for e in self._waiting if e.transfer is None or e.transfer.finished]:
             self._settle_or_raise(entry)
-            self._waiting.remove(entry)
+            wanted = self._wanted[entry.key.expert]
+            if entry.precision is None or entry.precision < wanted:
+                self._m.demand(entry, wanted)
+            else:
+                self._waiting.remove(entry)
+                landed.append(entry)
         return landed
 
     def _settle_or_raise(self, entry: Slot) -> None:

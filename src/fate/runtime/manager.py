@@ -238,7 +238,7 @@ class ExpertManager:
 
     def _wanted(self, key: ExpertKey) -> Precision:
         """How deep a guess is read."""
-        if (foreseen := self._depths.get(key.layer)) is not None:
+        if self.prefill and (foreseen := self._depths.get(key.layer)) is not None:
             return foreseen[key.expert]
         return self.precision.choose(Routing(key.layer, {key.expert: 1}), ())[key.expert]
 

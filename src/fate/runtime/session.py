@@ -168,7 +168,7 @@ class Session:
         """Change the pace of an emulated link (None: as fast as memory copies); UsageError where there is none."""
         if self._link is None:
             raise UsageError("records come from the disk, whose pace cannot be set: load with link='12GB/s'")
-        self._assembly.link.bytes_per_s = bytes_per_s
+        self._assembly.set_pace(bytes_per_s)
         self.engine.switch.reset()
 
     def close(self) -> None:

@@ -24,8 +24,9 @@ class FusedLinear(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and not self.training and may_be_quick(args[0]):
             x: Tensor = args[0]
-            weight = self._parameters["weight"]
-            if weight is not None and _fits(weight, x) and self.agrees(x.dtype, x.dtype):
+            weight = self._parameters.get("weight")
+            plain = weight is not None and self._parameters.get("bias") is None
+            if weight is not None and plain and _fits(weight, x) and self.agrees(x.dtype, x.dtype):
                 return multiply_few_rows(x, weight).view(*x.shape[:-1], weight.shape[0])
         return super().forward(*args, **kwargs)
 

@@ -4,8 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <type_traits>
 
 namespace fate {
 
@@ -16,13 +14,29 @@ using ItemBody = void (*)(const void* context, int64_t item, int thread);
 // the caller does them alone.
 void run_items(int64_t count, int threads, ItemBody body, const void* context);
 
-// The same for a callable (item, thread).
+// The item at `turn` of an order in which `threads` threads that keep pace each walk through neighbours: what a core
+// prefetches beyond its item is then what it does next.
+inline int64_t item_at(int64_t turn, int64_t count, int64_t threads) {
+    const int64_t run = turn % threads, each = count / threads, longer = count % threads;
+    return run * each + (run < longer ? run : longer) + turn / threads;
+}
+
+// The same for a callable (item, thread), each thread among neighbours.
 template <typename F>
 void parallel_for(int64_t count, int threads, const F& body) {
+    struct Loop {
+        const F& body;
+        int64_t count;
+        int threads;
+    };
+    const Loop loop{body, count, threads > 1 ? threads : 1};
     run_items(
         count, threads,
-        [](const void* context, int64_t item, int thread) { (*static_cast<const F*>(context))(item, thread); },
-        std::addressof(body));
+        [](const void* context, int64_t turn, int thread) {
+            const Loop& loop = *static_cast<const Loop*>(context);
+            loop.body(item_at(turn, loop.count, loop.threads), thread);
+        },
+        &loop);
 }
 
 }  // namespace fate

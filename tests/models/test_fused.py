@@ -12,20 +12,25 @@ from transformers import AutoConfig, DynamicCache
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoeAttention,
+    Qwen2MoeDecoderLayer,
     Qwen2MoeMLP,
     Qwen2MoeRMSNorm,
+    Qwen2MoeSparseMoeBlock,
     Qwen2MoeTopKRouter,
 )
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeDecoderLayer
 
 import fate
 from fate.kernels import native
 from fate.models import fused
 from fate.models.attention import ATTENTION_FUNCTION
 from fate.models.fused.attention import FusedAttention
+from fate.models.fused.block import FusedSharedBlock
+from fate.models.fused.layer import FusedLayer
 from fate.models.fused.mlp import FusedMLP
 from fate.models.fused.norm import FusedRMSNorm
 from fate.models.fused.router import FusedRouter
+from fate.models.kv_cache import PlannedLayer
 from fate.models.packed import PackedLinear
 from packed_records import random_record
 from tiny import tiny_store
@@ -57,11 +62,12 @@ def build(cls: type, *args: Any, dtype: torch.dtype = torch.float32, **kwargs: A
     module = cls(*args, **kwargs).to(dtype).eval().requires_grad_(False)
     for parameter in module.parameters():
         parameter.normal_(0.5, 0.3)
-    for seed, (name, child) in enumerate(list(module.named_children())):
+    children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
+    for seed, (parent, name, child) in enumerate(children):
         if isinstance(child, nn.Linear):
             packed = PackedLinear(child, "int4", dtype)
             packed.packed = random_record(packed.layout, seed)
-            setattr(module, name, packed)
+            setattr(parent, name, packed)
     return module
 
 
@@ -69,9 +75,11 @@ class Calls:
     """Counts the native calls of one test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = dict.fromkeys(("attention", "linear", "mlp", "norm", "router"), 0)
+        self.count = dict.fromkeys(("attention", "block", "layer", "linear", "mlp", "norm", "router"), 0)
         for kind, name in (
             ("attention", "attend_project"),
+            ("block", "add_gated"),
+            ("layer", "attention_half"),
             ("linear", "multiply_few_rows"),
             ("mlp", "gated_mlp"),
             ("norm", "rms_norm"),
@@ -145,6 +153,176 @@ def test_attention(name: str, dtype: torch.dtype, calls: Calls) -> None:
         for kind in ("keys", "values"):
             layers = [each["past_key_values"].layers[0] for each in (given, same)]
             assert near(getattr(layers[0], kind), getattr(layers[1], kind))
+
+
+def planned(growing: DynamicCache, room: int) -> DynamicCache:
+    """The planned cache that holds the same."""
+    cache = DynamicCache()
+    cache.layers = [PlannedLayer(room)]
+    cache.layers[0].update(growing.layers[0].keys, growing.layers[0].values)
+    return cache
+
+
+def layer_call(layer: Any, batch: int, past: int, dtype: torch.dtype, room: int | None, scale: float = 1.0) -> Any:
+    """(what the layer gives, its cache), the cache planned with this room or growing."""
+    given = arguments(batch, past, dtype, scale)
+    if room is not None:
+        given["past_key_values"] = planned(given["past_key_values"], room)
+    return layer(given.pop("hidden_states"), **given), given["past_key_values"].layers[0]
+
+
+DENSE = {"mlp_only_layers": [0, 1]}  # a layer around an MLP
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_layer(family: str, dtype: torch.dtype, calls: Calls) -> None:
+    cls = {"qwen2_moe": Qwen2MoeDecoderLayer, "qwen3_moe": Qwen3MoeDecoderLayer}[family]
+    settings = {"family": family, "head_dim": HIDDEN // HEADS, **DENSE}
+    own = build(cls, config(**settings), 0, dtype=dtype)
+    ours = make_fused(build(cls, config(**settings), 0, dtype=dtype))
+    for batch, past, scale in ((1, 1, 1.0), (1, 77, 0.01), (3, 6, 30.0)):
+        expected, theirs = layer_call(own, batch, past, dtype, None, scale)
+        before = calls.count["layer"]
+        got, cache = layer_call(ours, batch, past, dtype, 96, scale)
+        assert calls.count["layer"] > before
+        assert near(got, expected)
+        assert near(cache.keys, theirs.keys)
+        assert near(cache.values, theirs.values)
+        assert cache.get_seq_length() == past + 1
+
+
+class WeakAttentionDecoderLayer(Qwen2MoeDecoderLayer):
+    """As Granite: what attention gives counts less."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        hidden_states = hidden_states + 0.9 * self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class WeakMLPDecoderLayer(Qwen2MoeDecoderLayer):
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + 0.9 * self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class ParallelDecoderLayer(Qwen2MoeDecoderLayer):
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + attended + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class NormAfterDecoderLayer(Qwen2MoeDecoderLayer):
+    """As OLMo 2: norms of what is added."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        hidden_states = hidden_states + self.input_layernorm(self.self_attn(hidden_states, **kwargs)[0])
+        return hidden_states + self.post_attention_layernorm(self.mlp(hidden_states))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "cls", [WeakAttentionDecoderLayer, WeakMLPDecoderLayer, ParallelDecoderLayer, NormAfterDecoderLayer]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_adds_otherwise_is_left_alone(cls: type, dtype: torch.dtype) -> None:
+    own, ours = build(cls, config(**DENSE), 0, dtype=dtype), make_fused(build(cls, config(**DENSE), 0, dtype=dtype))
+    assert isinstance(ours, FusedLayer)
+    (got, cache), (expected, _) = (layer_call(each, 1, 5, dtype, 16) for each in (ours, own))
+    assert list(ours._agrees.values()) == [False]
+    assert near(got, expected)
+    assert cache.get_seq_length() == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["growing cache", "no room", "attention hook", "norm hook", "mask", "other norm"])
+def test_layer_falls_back(change: str, calls: Calls) -> None:
+    own, ours = (
+        build(Qwen2MoeDecoderLayer, config(**DENSE), 0),
+        make_fused(build(Qwen2MoeDecoderLayer, config(**DENSE), 0)),
+    )
+    layer_call(ours, 1, 5, torch.float32, 16)
+    before = calls.count["layer"]
+    assert before > 0
+    heard: list[int] = []
+    if "hook" in change:
+        child = ours.self_attn if change == "attention hook" else ours.post_attention_layernorm
+        child.register_forward_hook(lambda *args: heard.append(1))
+    elif change == "other norm":
+        own.input_layernorm = ours.input_layernorm = nn.LayerNorm(HIDDEN)
+    if change == "mask":
+        results = []
+        for layer in (ours, own):
+            given = arguments(1, 5, torch.float32)
+            given["attention_mask"] = torch.zeros(1, 1, 1, 6)
+            given["past_key_values"] = planned(given["past_key_values"], 16)
+            results.append(layer(given.pop("hidden_states"), **given))
+        got, expected = results
+    else:
+        (got, cache), (expected, _) = (
+            layer_call(each, 1, 5, torch.float32, {"growing cache": None, "no room": 5}.get(change, 16))
+            for each in (ours, own)
+        )
+        assert cache.get_seq_length() == 6
+    assert calls.count["layer"] == before
+    assert len(heard) == ("hook" in change)
+    assert near(got, expected)
+
+
+class SomeExperts(nn.Module):
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        return (x.roll(1, dims=-1) * weights[:, :1] + indices[:, :1] / 8).to(x.dtype)
+
+
+def block(cls: type, dtype: torch.dtype) -> Any:
+    made = build(cls, config(shared_expert_intermediate_size=192), dtype=dtype)
+    made.experts = SomeExperts()
+    torch.manual_seed(1)
+    made.shared_expert_gate = nn.Linear(HIDDEN, 1, bias=False, dtype=dtype).requires_grad_(False)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block(dtype: torch.dtype, calls: Calls) -> None:
+    own, ours = block(Qwen2MoeSparseMoeBlock, dtype), make_fused(block(Qwen2MoeSparseMoeBlock, dtype))
+    heard: list[int] = []
+    for module in (ours.gate, ours.shared_expert):
+        module.register_forward_hook(lambda *args: heard.append(1))
+    for tokens in (1, 1, 8):
+        x = torch.randn(1, tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        before, heard[:] = calls.count["block"], []
+        assert near(ours(x), own(x))
+        assert calls.count["block"] > before
+        assert len(heard) == 2, "of this call, and of no trial"
+    ours.shared_expert_gate.register_forward_hook(lambda *args: heard.append(1))
+    before, heard[:] = calls.count["block"], []
+    assert near(ours(x), own(x))
+    assert calls.count["block"] == before
+    assert len(heard) == 3
+
+
+class UngatedSparseMoeBlock(Qwen2MoeSparseMoeBlock):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        shared, (_, weights, indices) = self.shared_expert(x), self.gate(x)
+        return (self.experts(x, indices, weights) + shared).view(hidden_states.shape)
+
+
+class HalfSparseMoeBlock(Qwen2MoeSparseMoeBlock):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * 0.9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [UngatedSparseMoeBlock, HalfSparseMoeBlock])
+def test_a_block_that_adds_otherwise_is_left_alone(cls: type) -> None:
+    own, ours = block(cls, torch.float32), make_fused(block(cls, torch.float32))
+    assert isinstance(ours, FusedSharedBlock)
+    x = torch.randn(1, 1, HIDDEN)
+    assert near(ours(x), own(x))
+    assert list(ours._agrees.values()) == [False]
 
 
 @torch.no_grad()
@@ -336,22 +514,26 @@ def test_gradients_flow_where_they_are_asked_for(calls: Calls) -> None:
     assert calls.count["norm"] == 0
 
 
-def test_a_model_uses_all_kinds_and_says_the_same(calls: Calls) -> None:
+@pytest.mark.parametrize("cache_kind", ["planned", "growing"])
+def test_a_model_uses_all_kinds_and_says_the_same(cache_kind: str, calls: Calls) -> None:
     """Decoding of a loaded Qwen2-MoE, against the same model with its own classes."""
     prompt = torch.randint(0, 256, (1, 26), generator=torch.Generator().manual_seed(3))
+    not_used = {"linear", "attention" if cache_kind == "planned" else "layer"}
     with fate.load(tiny_store("qwen2_moe", num_key_value_heads=4, dtype="bfloat16")) as model, torch.inference_mode():
         modules = [module for module in model.modules() if isinstance(module, fused.Fused)]
         answers = []
         for plain in (False, True):
             for module in modules if plain else ():
                 module.__class__ = type(module).__mro__[3]
-            cache = DynamicCache(config=model.config)
+            planned_one = cache_kind == "planned"
+            cache = model.fate.new_cache(model.config) if planned_one else DynamicCache(config=model.config)
             model(prompt[:, :20], past_key_values=cache)
+            model(prompt[:, 20:21], past_key_values=cache)  # tries what it has not yet tried
             before = dict(calls.count)
             answers.append(
-                torch.cat([model(prompt[:, at : at + 1], past_key_values=cache).logits for at in range(20, 26)])
+                torch.cat([model(prompt[:, at : at + 1], past_key_values=cache).logits for at in range(21, 26)])
             )
-            used = {kind: calls.count[kind] - before[kind] for kind in before}
-            assert all(used.values()) != plain, used
+            used = {kind for kind in before if calls.count[kind] > before[kind]}
+            assert used == (set() if plain else set(before) - not_used)
     error = (answers[0] - answers[1]).double().norm() / answers[1].double().norm()
     assert error < 0.05

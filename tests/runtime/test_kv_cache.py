@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import fate
 from fate.core import Envelope
 from fate.inspection import meta_model
-from fate.runtime.kv_cache import PlannedLayer, planned_cache
+from fate.models.kv_cache import PlannedLayer, planned_cache
 from fate.runtime.planning import _kv_bytes
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_store
 
@@ -53,6 +53,44 @@ def test_beyond_its_room_it_still_holds_everything():
     for seed in range(6):
         keys, _ = layer.update(*states(1, seed))
     assert torch.equal(keys, torch.cat([states(1, seed)[0] for seed in range(6)], dim=-2))
+
+
+def test_a_token_written_into_its_room():
+    ours, theirs = PlannedLayer(8), PlannedLayer(8)
+    assert ours.room(2) is None, "nothing is known of its shape yet"
+    for layer in (ours, theirs):
+        layer.update(*states(3, 0))
+    assert ours.room(1) is None, "another batch"
+    for seed in range(1, 6):
+        keys, values, first = ours.room(2)
+        key, value = states(1, seed)
+        keys[:, :, first : first + 1], values[:, :, first : first + 1] = key, value
+        assert ours.get_seq_length() == first, "until it is said to be written"
+        ours.wrote()
+        theirs.update(key, value)
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+    assert ours.room(2) is None, "it is full"
+    ours.crop(-2)
+    assert ours.room(2) is None, "others changed it"
+    for layer in (ours, theirs):
+        layer.reset()
+    assert ours.keys is None
+    assert ours.get_seq_length() == 0
+    assert ours.room(2) is None
+
+
+def test_one_side_replaced_alone():
+    ours, theirs = PlannedLayer(16), DynamicCache()
+    theirs.update(*states(4, 0), layer_idx=0)
+    ours.update(*states(4, 0))
+    for layer in (ours, theirs.layers[0]):
+        layer.keys = layer.keys * 2
+        layer.update(*states(2, 1))
+        layer.values = layer.values * 3
+        layer.update(*states(1, 2))
+    assert torch.equal(ours.keys, theirs.layers[0].keys)
+    assert torch.equal(ours.values, theirs.layers[0].values)
 
 
 def test_begun_in_inference_mode_it_goes_on_outside(prompt):

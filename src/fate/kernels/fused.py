@@ -16,7 +16,8 @@ from fate.kernels import native, threads
 from fate.kernels.native import DTYPE_CODES
 from fate.store.format import RecordLayout
 
-_NO_NORM = (0, 0, 0.0, False)
+NormAddress = tuple[int, int, float, bool]
+_NO_NORM: NormAddress = (0, 0, 0.0, False)
 
 
 class Holder(Protocol):
@@ -62,11 +63,14 @@ class Norm(NamedTuple):
     eps: float
     rounds_first: bool
 
-    def address(self, dtype: torch.dtype) -> tuple[int, int, float, bool]:
+    def address(self, dtype: torch.dtype) -> NormAddress:
         weight, eps, rounds_first = self
         if weight.dtype != dtype or not weight.is_contiguous():
             raise ValueError(f"a norm's weight must be contiguous {dtype} [cols], not {weight.dtype}")
         return weight.data_ptr(), weight.numel(), eps, rounds_first
+
+
+HeadNorms = tuple[Norm | None, Norm | None]  # of queries and keys
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -117,6 +121,27 @@ def multiply_few_rows(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def add_gated(experts: Tensor, shared: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """experts + sigmoid(x weight^T) * shared, all [tokens, hidden], weight [1, hidden]."""
+    tokens, hidden = x.shape
+    for given in (experts, shared, weight):
+        rows = 1 if given is weight else tokens
+        if given.shape != (rows, hidden) or given.dtype != x.dtype or not given.is_contiguous():
+            raise ValueError(f"{given.dtype} {tuple(given.shape)} is not contiguous {x.dtype} [{rows}, {hidden}]")
+    out = torch.empty_like(x)
+    native.extension().add_gated(
+        experts.data_ptr(),
+        shared.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        tokens,
+        hidden,
+        out.data_ptr(),
+    )
+    return out
+
+
 def gated_mlp(x: Tensor, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix) -> Tensor:
     """down(silu(gate(x)) * up(x)) of x [tokens, hidden], no biases."""
     dtype = x.dtype
@@ -139,7 +164,7 @@ def gated_mlp(x: Tensor, gate: PackedMatrix, up: PackedMatrix, down: PackedMatri
 def project_heads(
     x: Tensor,
     matrices: tuple[PackedMatrix, PackedMatrix, PackedMatrix],
-    norms: tuple[Norm | None, Norm | None],
+    norms: HeadNorms,
     rotary: tuple[Tensor, Tensor],
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,22 +174,18 @@ def project_heads(
     sin [batch or 1, 1, dim]; the first dim elements of queries and keys are rotated, in halves.
     """
     batch, hidden = x.shape
-    dtype, (cos, sin) = x.dtype, rotary
+    dtype = x.dtype
     if any(matrix.cols != hidden for matrix in matrices):
         raise ValueError(f"x has shape {tuple(x.shape)}, which the matrices do not take")
-    if cos.shape != sin.shape or cos.dtype != dtype or sin.dtype != dtype or cos.shape[0] not in (1, batch):
-        raise ValueError(f"cos and sin must be {dtype} [{batch} or 1, 1, dim], not {cos.dtype} {tuple(cos.shape)}")
     query, key, value = outs = tuple(
         torch.empty(batch, matrix.rows // head_dim, 1, head_dim, dtype=dtype) for matrix in matrices
     )
-    dim = cos.shape[-1]
     native.extension().project_heads(
         matrices[0].address(dtype),
         matrices[1].address(dtype),
         matrices[2].address(dtype),
-        _NO_NORM if norms[0] is None else norms[0].address(dtype),
-        _NO_NORM if norms[1] is None else norms[1].address(dtype),
-        (cos.data_ptr(), sin.data_ptr(), dim, dim if cos.shape[0] > 1 else 0),
+        *_head_norms(norms, dtype),
+        _rotary(rotary, dtype, batch),
         x.data_ptr(),
         DTYPE_CODES[dtype],
         batch,
@@ -173,6 +194,19 @@ def project_heads(
         threads.count(),
     )
     return outs[0], outs[1], outs[2]
+
+
+def _head_norms(norms: HeadNorms, dtype: torch.dtype) -> tuple[NormAddress, NormAddress]:
+    query, key = norms
+    return _NO_NORM if query is None else query.address(dtype), _NO_NORM if key is None else key.address(dtype)
+
+
+def _rotary(rotary: tuple[Tensor, Tensor], dtype: torch.dtype, batch: int) -> tuple[int, int, int, int]:
+    cos, sin = rotary
+    if cos.shape != sin.shape or cos.dtype != dtype or sin.dtype != dtype or cos.shape[0] not in (1, batch):
+        raise ValueError(f"cos and sin must be {dtype} [{batch} or 1, 1, dim], not {cos.dtype} {tuple(cos.shape)}")
+    dim = cos.shape[-1]
+    return cos.data_ptr(), sin.data_ptr(), dim, dim if cos.shape[0] > 1 else 0
 
 
 def attend_project(query: Tensor, key: Tensor, value: Tensor, scale: float, matrix: PackedMatrix) -> Tensor:
@@ -197,3 +231,46 @@ def attend_project(query: Tensor, key: Tensor, value: Tensor, scale: float, matr
         threads.count(),
     )
     return out
+
+
+def attention_half(
+    x: Tensor,
+    norms: tuple[Norm, Norm],
+    matrices: tuple[PackedMatrix, PackedMatrix, PackedMatrix, PackedMatrix],
+    head_norms: HeadNorms,
+    rotary: tuple[Tensor, Tensor],
+    head_dim: int,
+    cache: tuple[Tensor, Tensor, int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """A decoder layer up to its MLP, for one new token in each sequence, x [batch, 1, hidden]: x + attention of
+    norms[0](x), and norms[1] of that sum, both of x's shape.
+
+    matrices: of queries, keys, values and the output. head_norms, rotary, head_dim: as for `project_heads`. cache: keys
+    and values [batch, kv heads, positions, head_dim] in any strides but the last, and the position at which the token's
+    own are written; those before it are attended to.
+    """
+    batch, dtype, (keys, values, first) = x.shape[0], x.dtype, cache
+    shape = (batch, matrices[1].rows // head_dim, keys.shape[2], head_dim)
+    for held in (keys, values):
+        if held.shape != shape or held.dtype != dtype or held.stride(3) != 1 or not 0 <= first < shape[2]:
+            raise ValueError(f"no room for position {first} of {dtype} {shape} in {held.dtype} {tuple(held.shape)}")
+    if x.shape[1:] != (1, matrices[0].cols) or not x.is_contiguous():
+        raise ValueError(f"x has shape {tuple(x.shape)}: this layer takes [batch, 1, {matrices[0].cols}], contiguous")
+    query, key, value, output = matrices
+    residual, normed = torch.empty_like(x), torch.empty_like(x)
+    native.extension().attention_half(
+        (norms[0].address(dtype), norms[1].address(dtype)),
+        (query.address(dtype), key.address(dtype), value.address(dtype), output.address(dtype)),
+        _head_norms(head_norms, dtype),
+        _rotary(rotary, dtype, batch),
+        x.data_ptr(),
+        DTYPE_CODES[dtype],
+        batch,
+        head_dim,
+        (keys.data_ptr(), keys.stride()[:3], values.data_ptr(), values.stride()[:3], first + 1),
+        scale,
+        (residual.data_ptr(), normed.data_ptr()),
+        threads.count(),
+    )
+    return residual, normed

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from fate.runtime.kv_cache import PlannedLayer
+from fate.models.kv_cache import PlannedLayer
 from fate.runtime.session import FateModel
 
 _CUT = (DynamicLayer, PlannedLayer)  # hold every token, so they can be cut back to any

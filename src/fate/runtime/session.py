@@ -17,10 +17,10 @@ from fate.core import Envelope, StepStats
 from fate.errors import ClosedError, ProfileMissingError, UsageError
 from fate.kernels import native, threads
 from fate.memory import MemoryPlan, make_plan, parse_experts, parse_memory
+from fate.models.kv_cache import planned_cache
 from fate.profile import Profile
 from fate.runtime.engine import Engine
 from fate.runtime.generation import check_envelope, generate_within_plan
-from fate.runtime.kv_cache import planned_cache
 from fate.store.reader import StoreReader
 from fate.systems import System, resolve_system
 from fate.trace import Recorder, Timeline, TraceMeta
@@ -181,7 +181,7 @@ class Session:
         return not self._finalizer.alive
 
     def new_cache(self, config: PreTrainedConfig) -> DynamicCache:
-        """An empty KV cache whose memory is the plan's: see `runtime.kv_cache`."""
+        """An empty KV cache whose memory is the plan's: see `models.kv_cache`."""
         return planned_cache(config, self.envelope.max_context)
 
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -120,6 +120,9 @@ def route(
     out: tuple[int, int, int, int],
 ) -> None: ...
 def multiply_few_rows(weights: int, x: int, dtype: int, rows: int, cols: int, tokens: int, out: int) -> None: ...
+def add_gated(
+    experts: int, shared: int, x: int, weight: int, dtype: int, tokens: int, hidden: int, out: int
+) -> None: ...
 def rms_norm(norm: NormOf, x: int, dtype: int, rows: int, out: int, threads: int) -> None: ...
 def project_heads(
     query: Packed,
@@ -133,6 +136,20 @@ def project_heads(
     tokens: int,
     head_dim: int,
     out: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def attention_half(
+    norms: tuple[NormOf, NormOf],
+    matrices: tuple[Packed, Packed, Packed, Packed],
+    head_norms: tuple[NormOf, NormOf],
+    rotary: tuple[int, int, int, int],
+    x: int,
+    dtype: int,
+    tokens: int,
+    head_dim: int,
+    cache: tuple[int, tuple[int, int, int], int, tuple[int, int, int], int],
+    scale: float,
+    out: tuple[int, int],
     threads: int,
 ) -> None: ...
 def gated_mlp(

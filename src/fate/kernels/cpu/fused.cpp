@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
+#include "gate.h"
 #include "linear.h"
 #include "team.h"
 
@@ -63,6 +65,37 @@ __attribute__((always_inline)) inline void gate_with_silu(void* gate, const void
     for (int64_t i = 0; i < count; ++i) g[i] = Round(Float(Round(silu(Float(g[i])))) * Float(u[i]));
 }
 
+template <typename T, float (*Float)(T), T (*Round)(float)>
+__attribute__((always_inline)) inline void sum(const void* first, const void* second, int64_t count, void* to) {
+    const T *x = static_cast<const T*>(first), *y = static_cast<const T*>(second);
+    T* out = static_cast<T*>(to);
+    for (int64_t i = 0; i < count; ++i) out[i] = Round(Float(x[i]) + Float(y[i]));
+}
+
+FATE_CLONES void add(DType dtype, const void* x, const void* y, int64_t count, void* out) {
+    if (dtype == DType::kFloat32) sum<float, same, same>(x, y, count, out);
+    else if (dtype == DType::kBFloat16) sum<uint16_t, bfloat16_to_float, float_to_bfloat16>(x, y, count, out);
+    else sum<uint16_t, half_to_float, float_to_half>(x, y, count, out);
+}
+
+// out = experts + sigmoid(logit) * shared, each operation rounded.
+template <typename T, float (*Float)(T), T (*Round)(float)>
+__attribute__((always_inline)) inline void add_times_sigmoid(const void* experts, const void* shared, const void* logit,
+                                                             int64_t count, void* to) {
+    const T *x = static_cast<const T*>(experts), *y = static_cast<const T*>(shared);
+    T* out = static_cast<T*>(to);
+    const float gate = Float(Round(1.0f / (1.0f + std::exp(-Float(*static_cast<const T*>(logit))))));
+    for (int64_t i = 0; i < count; ++i) out[i] = Round(Float(x[i]) + Float(Round(gate * Float(y[i]))));
+}
+
+FATE_CLONES void add_gated_row(DType dtype, const void* experts, const void* shared, const void* logit, int64_t count,
+                               void* out) {
+    if (dtype == DType::kFloat32) add_times_sigmoid<float, same, same>(experts, shared, logit, count, out);
+    else if (dtype == DType::kBFloat16)
+        add_times_sigmoid<uint16_t, bfloat16_to_float, float_to_bfloat16>(experts, shared, logit, count, out);
+    else add_times_sigmoid<uint16_t, half_to_float, float_to_half>(experts, shared, logit, count, out);
+}
+
 FATE_CLONES void normalize_row(const Norm& norm, DType dtype, const void* x, void* out) {
     if (dtype == DType::kFloat32) normalize<float, same, same>(norm, x, out);
     else if (dtype == DType::kBFloat16) normalize<uint16_t, bfloat16_to_float, float_to_bfloat16>(norm, x, out);
@@ -102,6 +135,16 @@ void finish(const HeadsCall& call, const Projection& to) {
 
 Product product_of(const Projection& to) { return {to.matrix, to.bias, to.out}; }
 
+// Heads [tokens, kv_heads, dim] -> their last position in the cache.
+void append(const AttentionCall& call, const void* heads, int dim, const CacheStrides& strides, void* cache) {
+    for (int64_t at = 0; at < call.batch * call.kv_heads; ++at) {
+        const int64_t place = at / call.kv_heads * strides.batch + at % call.kv_heads * strides.head +
+                              (call.length - 1) * strides.position;
+        std::memcpy(element(cache, call.dtype, place), element(heads, call.dtype, at * dim),
+                    dim * item_bytes(call.dtype));
+    }
+}
+
 }  // namespace
 
 void rms_norm(const Norm& norm, const void* x, DType dtype, int64_t rows, void* out, int threads) {
@@ -127,11 +170,44 @@ void gated_mlp(const Matrix& gate, const Matrix& up, const Matrix& down, const v
     linear({{down, nullptr, out}}, gated, dtype, tokens, threads);
 }
 
+void add_gated(const void* experts, const void* shared, const void* x, const void* weight, DType dtype, int64_t tokens,
+               int hidden, void* out) {
+    std::vector<float> logits(tokens);
+    multiply_few_rows(weight, x, dtype, 1, hidden, tokens, logits.data());
+    for (int64_t token = 0; token < tokens; ++token) {
+        const int64_t at = token * hidden;
+        add_gated_row(dtype, element(experts, dtype, at), element(shared, dtype, at),
+                      element(static_cast<const void*>(logits.data()), dtype, token), hidden, element(out, dtype, at));
+    }
+}
+
 void attend_project(AttentionCall call, const Matrix& matrix, const void* bias, void* out) {
     std::vector<float> heads(call.batch * call.heads * call.value_dim);
     call.out = heads.data();
     attend(call);
     linear({{matrix, bias, out}}, heads.data(), call.dtype, call.batch, call.threads);
+}
+
+void attention_half(AttentionHalf half) {
+    HeadsCall& heads = half.heads;
+    AttentionCall& attention = half.attention;
+    const int64_t tokens = heads.tokens, hidden = tokens * half.before.cols;
+    const int64_t queries = tokens * heads.query.matrix.rows, keys = tokens * heads.key.matrix.rows;
+    std::vector<float> memory(hidden + queries + 2 * keys);  // enough for any dtype
+    const void* x = heads.x;
+    float* normed = memory.data();
+    heads.query.out = normed + hidden;
+    heads.key.out = normed + hidden + queries;
+    heads.value.out = normed + hidden + queries + keys;
+    rms_norm(half.before, x, heads.dtype, tokens, normed, heads.threads);
+    heads.x = normed;
+    project_heads(heads);
+    append(attention, heads.key.out, attention.key_dim, attention.key_strides, half.keys);
+    append(attention, heads.value.out, attention.value_dim, attention.value_strides, half.values);
+    attention.q = heads.query.out;
+    attend_project(attention, half.output, half.output_bias, normed);
+    add(heads.dtype, x, normed, hidden, half.residual);
+    rms_norm(half.after, half.residual, heads.dtype, tokens, half.normed, heads.threads);
 }
 
 }  // namespace fate

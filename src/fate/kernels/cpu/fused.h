@@ -52,7 +52,25 @@ void project_heads(const HeadsCall& call);
 void gated_mlp(const Matrix& gate, const Matrix& up, const Matrix& down, const void* x, DType dtype, int64_t tokens,
                void* out, int threads);
 
+// experts + sigmoid(x . weight) * shared, all [tokens, hidden], weight [hidden] -> out, which may be one of them.
+void add_gated(const void* experts, const void* shared, const void* x, const void* weight, DType dtype, int64_t tokens,
+               int hidden, void* out);
+
 // What attention gives of `call`, times the matrix plus bias (or null) -> out [batch, rows]; call.out is set here.
 void attend_project(AttentionCall call, const Matrix& matrix, const void* bias, void* out);
+
+// The first half of a decoder layer: residual = x + attention of norm(x), then its norm, which the second half takes.
+struct AttentionHalf {
+    Norm before, after;       // over all of `hidden`
+    HeadsCall heads;          // x: the layer's input; each sequence's one new token
+    AttentionCall attention;  // its cache has room for that token's keys and values behind the first `length` - 1
+    Matrix output;
+    const void* output_bias;  // or null
+    void *keys, *values;      // the cache's, to be written
+    void *residual, *normed;  // [tokens, hidden]
+};
+
+// Sets what is between its steps itself: where queries, keys and values go, and the heads.
+void attention_half(AttentionHalf half);
 
 }  // namespace fate

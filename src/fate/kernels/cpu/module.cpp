@@ -222,6 +222,14 @@ void bind_multiply_few_rows(uint64_t weights, uint64_t x, int dtype, int rows, i
                       tokens, pointer<void>(out));
 }
 
+// Keeps the interpreter, as above.
+void bind_add_gated(uint64_t experts, uint64_t shared, uint64_t x, uint64_t weight, int dtype, int64_t tokens,
+                    int hidden, uint64_t out) {
+    require(hidden > 0, "a gate needs columns");
+    add_gated(pointer<const void>(experts), pointer<const void>(shared), pointer<const void>(x),
+              pointer<const void>(weight), static_cast<DType>(dtype), tokens, hidden, pointer<void>(out));
+}
+
 using Packed = std::tuple<const Record*, uint64_t, uint64_t>;  // a record of one matrix, its address, its bias
 using NormOf = std::tuple<uint64_t, int, float, bool>;          // see Norm
 
@@ -246,9 +254,11 @@ void bind_rms_norm(const NormOf& norm, uint64_t x, int dtype, int64_t rows, uint
     rms_norm(norm_of(norm), pointer<const void>(x), static_cast<DType>(dtype), rows, pointer<void>(out), threads);
 }
 
-void bind_project_heads(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
-                        const NormOf& key_norm, std::tuple<uint64_t, uint64_t, int, int> rotary, uint64_t x, int dtype,
-                        int64_t tokens, int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
+using RotaryOf = std::tuple<uint64_t, uint64_t, int, int>;  // see Rotary
+
+HeadsCall heads_call(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
+                     const NormOf& key_norm, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
+                     int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
     const auto [cos, sin, dim, step] = rotary;
     const HeadsCall call{projection(query, query_norm, std::get<0>(out)),
                          projection(key, key_norm, std::get<1>(out)),
@@ -264,6 +274,14 @@ void bind_project_heads(const Packed& query, const Packed& key, const Packed& va
     require(dim >= 0 && dim <= head_dim && dim % 2 == 0, "a rotation needs an even part of a head");
     require(call.query.matrix.cols == call.key.matrix.cols && call.key.matrix.cols == call.value.matrix.cols,
             "queries, keys and values must have one input");
+    return call;
+}
+
+void bind_project_heads(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
+                        const NormOf& key_norm, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
+                        int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
+    const HeadsCall call =
+        heads_call(query, key, value, query_norm, key_norm, rotary, x, dtype, tokens, head_dim, out, threads);
     nb::gil_scoped_release release;
     project_heads(call);
 }
@@ -289,6 +307,36 @@ void bind_attend_project(uint64_t q, uint64_t keys, Strides key_strides, uint64_
     attend_project(call, matrix, pointer<const void>(std::get<2>(packed)), pointer<void>(out));
 }
 
+void bind_attention_half(std::tuple<NormOf, NormOf> norms, std::tuple<Packed, Packed, Packed, Packed> matrices,
+                         std::tuple<NormOf, NormOf> head_norms, const RotaryOf& rotary, uint64_t x, int dtype,
+                         int64_t tokens, int head_dim,
+                         std::tuple<uint64_t, Strides, uint64_t, Strides, int64_t> cache, float scale,
+                         std::tuple<uint64_t, uint64_t> out, int threads) {
+    const auto& [query, key, value, output] = matrices;
+    const auto& [keys, key_strides, values, value_strides, length] = cache;
+    AttentionHalf half{};
+    half.before = norm_of(std::get<0>(norms));
+    half.after = norm_of(std::get<1>(norms));
+    half.heads = heads_call(query, key, value, std::get<0>(head_norms), std::get<1>(head_norms), rotary, x, dtype,
+                            tokens, head_dim, {0, 0, 0}, threads);
+    const int64_t heads = half.heads.query.matrix.rows / head_dim, kv_heads = half.heads.key.matrix.rows / head_dim;
+    half.attention = attention_call(0, keys, key_strides, values, value_strides, dtype,
+                                    {tokens, heads, kv_heads, length}, {head_dim, head_dim}, scale);
+    half.attention.threads = threads;
+    half.output = dense_matrix(output);
+    half.output_bias = pointer<const void>(std::get<2>(output));
+    half.keys = pointer<void>(keys);
+    half.values = pointer<void>(values);
+    half.residual = pointer<void>(std::get<0>(out));
+    half.normed = pointer<void>(std::get<1>(out));
+    const int hidden = half.heads.query.matrix.cols;
+    require(half.before.cols == hidden && half.after.cols == hidden && half.output.rows == hidden &&
+                half.output.cols == heads * head_dim && half.heads.value.matrix.rows == kv_heads * head_dim,
+            "norms, matrices and heads must fit one another");
+    nb::gil_scoped_release release;
+    attention_half(half);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -300,8 +348,10 @@ NB_MODULE(_cpu, m) {
     m.def("gather_rows", &bind_gather_rows);
     m.def("attend", &bind_attend);
     m.def("attend_project", &bind_attend_project);
+    m.def("attention_half", &bind_attention_half);
     m.def("route", &bind_route);
     m.def("multiply_few_rows", &bind_multiply_few_rows);
+    m.def("add_gated", &bind_add_gated);
     m.def("rms_norm", &bind_rms_norm);
     m.def("project_heads", &bind_project_heads);
     m.def("gated_mlp", &bind_gated_mlp);

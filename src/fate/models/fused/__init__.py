@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from fate.kernels import native
 from fate.models.fused.attention import FusedAttention
 from fate.models.fused.base import Fused
+from fate.models.fused.block import FusedSharedBlock
+from fate.models.fused.layer import FusedLayer
 from fate.models.fused.linear import FusedLinear
 from fate.models.fused.mlp import FusedMLP
 from fate.models.fused.norm import FusedRMSNorm
@@ -22,8 +24,16 @@ from fate.models.fused.router import FusedRouter
 
 __all__ = ["Fused", "fuse"]
 
-# Norms first: attention wants to know which of its norms are ours.
-_KINDS: tuple[type[Fused], ...] = (FusedRMSNorm, FusedLinear, FusedMLP, FusedRouter, FusedAttention)
+# What is held before what holds it: attention wants to know which of its norms are ours.
+_KINDS: tuple[type[Fused], ...] = (
+    FusedRMSNorm,
+    FusedLinear,
+    FusedMLP,
+    FusedRouter,
+    FusedAttention,
+    FusedSharedBlock,
+    FusedLayer,
+)
 
 
 def fuse(model: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@ keys, values, their norms, rotation), one after it (attention, output matrix).""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fate import kernels
-from fate.kernels.fused import Norm, attend_project, project_heads
+from fate.kernels.fused import HeadNorms, PackedMatrix, attend_project, project_heads
 from fate.models.attention import ATTENTION_FUNCTION, attention_forward
 from fate.models.fused.base import Answer, Fused, is_packed, matrices, may_be_quick, own_tensors, passable
 from fate.models.fused.norm import FusedRMSNorm, norm_of
@@ -24,8 +24,6 @@ _NO_NORMS = (None, None)
 _PAST = 5  # positions of a trial's cache
 _SCALES = (1.0, 100.0)  # large inputs find what is clamped
 _FAR = 1_000_000  # a position at which what depends on positions shows
-
-Norms = tuple[Norm | None, Norm | None]  # of queries and keys
 
 
 class FusedAttention(Fused):
@@ -59,21 +57,32 @@ class FusedAttention(Fused):
         module.__dict__["_matrices"] = matrices(module, _LINEARS)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args and (norms := self._takes(**kwargs)) is not None:
-            hidden, rotary = kwargs["hidden_states"], kwargs["position_embeddings"]
-            form = (*(name for name in _HARMLESS if kwargs.get(name) is not None), rotary[0].shape[2])
-            if self.agrees(hidden.dtype, hidden, rotary, norms, kwargs, also=form):
-                return self._quick(hidden, rotary, norms, kwargs["past_key_values"]), None
+        if not args and (norms := self.takes(**kwargs)) is not None:
+            hidden = kwargs.pop("hidden_states")
+            if self.agrees(hidden.dtype, hidden, norms, kwargs, also=self.form(kwargs)):
+                return self._quick(hidden, kwargs["position_embeddings"], norms, kwargs["past_key_values"]), None
+            kwargs["hidden_states"] = hidden
         return super().forward(*args, **kwargs)
 
-    def _takes(
+    @staticmethod
+    def form(given: dict[str, Any]) -> Hashable:
+        """What a call's answer may depend on besides numbers: a trial stands for calls of one form."""
+        return (*(name for name in _HARMLESS if given.get(name) is not None), given["position_embeddings"][0].shape[2])
+
+    @property
+    def packed_matrices(self) -> tuple[PackedMatrix, PackedMatrix, PackedMatrix, PackedMatrix]:
+        """Of queries, keys, values, output."""
+        query, key, value, output = self.__dict__["_matrices"]
+        return query, key, value, output
+
+    def takes(
         self,
         hidden_states: Any = None,
         position_embeddings: Any = None,
         attention_mask: Any = None,
         past_key_values: Any = None,
         **others: Any,
-    ) -> Norms | None:
+    ) -> HeadNorms | None:
         """The norms of queries and keys, where the call may be quick; None otherwise."""
         if attention_mask is not None or self.training or not isinstance(past_key_values, DynamicCache):
             return None
@@ -94,7 +103,7 @@ class FusedAttention(Fused):
         )
         return self._norms(hidden_states) if takes else None
 
-    def _norms(self, x: Tensor) -> Norms | None:
+    def _norms(self, x: Tensor) -> HeadNorms | None:
         """Of queries and keys; None where a module's norm is not ours."""
         children: dict[str, Any] = self._modules
         if "q_norm" not in children:
@@ -102,9 +111,9 @@ class FusedAttention(Fused):
         query, key = norm_of(children["q_norm"], x), norm_of(children["k_norm"], x)
         return None if query is None or key is None else (query, key)
 
-    def _quick(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], norms: Norms, cache: Any) -> Tensor:
+    def _quick(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], norms: HeadNorms, cache: Any) -> Tensor:
         """hidden [batch, 1, hidden] -> [batch, 1, rows of o_proj]."""
-        query, key, value, output = self.__dict__["_matrices"]
+        query, key, value, output = self.packed_matrices
         q, k, v = project_heads(hidden[:, 0], (query, key, value), norms, rotary, self.head_dim)
         keys, values = cache.update(k, v, self.layer_idx)
         if kernels.can_attend(q, keys, values):
@@ -112,43 +121,41 @@ class FusedAttention(Fused):
         attended, _ = attention_forward(self, q, keys, values, None, scaling=self.scaling)  # a cache of another kind
         return self.o_proj(attended.reshape(*hidden.shape[:-1], -1))
 
+    def trial_call(
+        self, generator: torch.Generator, hidden: Tensor, given: dict[str, Any], scale: float
+    ) -> tuple[Tensor, dict[str, Any], Tensor]:
+        """A call like the given one, elsewhere, with other numbers: hidden states, the other arguments but the cache,
+        and that cache's keys and values [2, batch, kv heads, _PAST, head_dim]."""
+        batch, dtype, kv_heads = hidden.shape[0], hidden.dtype, self.packed_matrices[1].rows // self.head_dim
+        call = dict(given)
+        if isinstance(call.get("position_ids"), Tensor):
+            call["position_ids"] = torch.full_like(call["position_ids"], _FAR)
+        x = (torch.randn(hidden.shape, generator=generator) * scale).to(dtype)
+        rotary = given["position_embeddings"]
+        cos, sin = (torch.rand(part.shape, generator=generator).mul(2).sub(1).to(dtype) for part in rotary)
+        call["position_embeddings"] = (cos, sin)
+        return x, call, torch.randn(2, batch, kv_heads, _PAST, self.head_dim, generator=generator).to(dtype)
+
     def _trial(
-        self,
-        generator: torch.Generator,
-        hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        norms: Norms,
-        given: dict[str, Any],
+        self, generator: torch.Generator, hidden: Tensor, norms: HeadNorms, given: dict[str, Any]
     ) -> Iterable[tuple[Answer, Answer]]:
-        """A call like the given one, elsewhere, with other numbers, in a cache of some positions."""
-        batch, dtype, kv_heads = hidden.shape[0], hidden.dtype, self.__dict__["_matrices"][1].rows // self.head_dim
-        others = {name: value for name, value in given.items() if name in _HARMLESS}
-        if isinstance(others.get("position_ids"), Tensor):
-            others["position_ids"] = torch.full_like(others["position_ids"], _FAR)
         for scale in _SCALES:
-            x = (torch.randn(hidden.shape, generator=generator) * scale).to(dtype)
-            cos, sin = (torch.rand(part.shape, generator=generator).mul(2).sub(1).to(dtype) for part in rotary)
-            past = torch.randn(2, batch, kv_heads, _PAST, self.head_dim, generator=generator).to(dtype)
-            own, weights = super().forward(
-                hidden_states=x,
-                position_embeddings=(cos, sin),
-                attention_mask=None,
-                past_key_values=_TrialCache(past),
-                **others,
-            )
+            x, call, past = self.trial_call(generator, hidden, given, scale)
+            own, weights = super().forward(hidden_states=x, **{**call, "past_key_values": TrialCache(past)})
             if weights is not None:
                 raise ValueError("it gives attention weights")
-            yield (self._quick(x, (cos, sin), norms, _TrialCache(past)),), (own,)
+            yield (self._quick(x, call["position_embeddings"], norms, TrialCache(past)),), (own,)
 
 
-class _TrialCache:
+class TrialCache:
     """What a KV cache does for one layer, once."""
 
     def __init__(self, past: Tensor) -> None:
-        self._past = past
+        self.keys, self.values = past
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self._past[0], key], dim=2), torch.cat([self._past[1], value], dim=2)
+        self.keys, self.values = torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
+        return self.keys, self.values
 
 
 def _heads_fit(module: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar
@@ -81,6 +82,21 @@ def passable(modules: Iterable[nn.Module | None]) -> bool:
             if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
                 return False
     return True
+
+
+def with_children(module: Any, **children: nn.Module) -> Any:
+    """A copy of `module`, its weights shared, with these children in place of its own."""
+    other = copy.copy(module)
+    other.__dict__["_modules"] = {**module._modules, **children}
+    return other
+
+
+def without_hooks(module: Any) -> Any:
+    """A copy of `module`, its weights shared, whose calls nobody hears of."""
+    other = copy.copy(module)
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        other.__dict__[name] = type(module.__dict__[name])()
+    return other
 
 
 def is_packed(module: object) -> bool:

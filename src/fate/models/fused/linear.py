@@ -26,7 +26,7 @@ class FusedLinear(Fused):
             x: Tensor = args[0]
             weight = self._parameters.get("weight")
             plain = weight is not None and self._parameters.get("bias") is None
-            if weight is not None and plain and _fits(weight, x) and self.agrees(x.dtype, x.dtype):
+            if weight is not None and plain and fits(weight, x) and self.agrees(x.dtype, x.dtype):
                 return multiply_few_rows(x, weight).view(*x.shape[:-1], weight.shape[0])
         return super().forward(*args, **kwargs)
 
@@ -37,7 +37,8 @@ class FusedLinear(Fused):
         yield (multiply_few_rows(x, weight),), (super().forward(x),)
 
 
-def _fits(weight: Tensor, x: Tensor) -> bool:
+def fits(weight: Tensor, x: Tensor) -> bool:
+    """Whether `multiply_few_rows` takes them, and few tokens."""
     return (
         0 < x.numel() <= Fused.MAX_TOKENS * x.shape[-1]
         and x.shape[-1] == weight.shape[1]

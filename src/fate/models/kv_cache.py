@@ -1,0 +1,132 @@
+"""A KV cache that takes its memory once: what the plan's row says is what it uses.
+
+transformers' growing cache concatenates at every token: it copies the whole cache each time and leaves the heap full
+of holes, up to twice the planned size. Here a layer's buffer has room for the whole envelope from the first token on;
+pages become resident as tokens are written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+
+def planned_cache(config: PreTrainedConfig, max_context: int) -> DynamicCache:
+    """A DynamicCache for `config` whose ordinary layers hold up to `max_context` tokens without reallocation.
+
+    Layers of other kinds (sliding windows, linear attention) stay transformers' own.
+    """
+    cache = DynamicCache(config=config)
+    if cache.layers:
+        cache.layers = [PlannedLayer(max_context) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class PlannedLayer(DynamicLayer):
+    """`keys` and `values` [batch, heads, tokens, dim] are views of the first tokens of larger buffers, made when they
+    are asked for; other tensors may be put in their place, as beam search and `crop` do."""
+
+    def __init__(self, max_context: int) -> None:
+        self._max_context = max_context
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._tokens: int | None = None  # of the buffers; None: `_given` counts
+        self._given: dict[str, torch.Tensor | None] = {}
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._held("keys")
+
+    @keys.setter
+    def keys(self, tensor: torch.Tensor | None) -> None:
+        self._give("keys", tensor)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._held("values")
+
+    @values.setter
+    def values(self, tensor: torch.Tensor | None) -> None:
+        self._give("values", tensor)
+
+    def get_seq_length(self) -> int:
+        return self._tokens if self._tokens is not None else super().get_seq_length()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append states [batch, heads, new tokens, dim]; returns all keys and values so far."""
+        new = key_states.shape[-2]
+        first = self.make_room(key_states, value_states)
+        keys, values = self._buffers["keys"], self._buffers["values"]
+        keys.narrow(-2, first, new).copy_(key_states)
+        values.narrow(-2, first, new).copy_(value_states)
+        self._tokens = first + new
+        return keys.narrow(-2, 0, self._tokens), values.narrow(-2, 0, self._tokens)
+
+    def make_room(self, key_states: torch.Tensor, value_states: torch.Tensor) -> int:
+        """Buffers that take these states behind what is held, or others of their shape: the first new position."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        states = {"keys": key_states, "values": value_states}
+        held = self.get_seq_length()
+        if self._tokens is None or held + key_states.shape[-2] > self._buffers["keys"].shape[-2]:
+            self._give_all()
+            for name, new in states.items():
+                self._buffers[name] = self._buffer(name, held, new)
+                del self._given[name]  # one by one: what is copied is freed before the next buffer is made
+            self._tokens = held
+        return held
+
+    def room(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """The buffers of keys and values [batch, heads, positions, dim] and the first free position, for who writes a
+        token of each sequence there and then calls `wrote`; None where that takes `update`."""
+        if self._tokens is None:
+            return None
+        keys, values = self._buffers["keys"], self._buffers["values"]
+        return (keys, values, self._tokens) if self._tokens < keys.shape[2] and keys.shape[0] == batch else None
+
+    def wrote(self) -> None:
+        """The first free position was written."""
+        assert self._tokens is not None
+        self._tokens += 1
+
+    def reset(self) -> None:
+        self._buffers = {}
+        super().reset()
+
+    def _held(self, name: str) -> torch.Tensor | None:
+        if self._tokens is None:
+            return self._given.get(name)
+        return self._buffers[name].narrow(-2, 0, self._tokens)
+
+    def _give(self, name: str, tensor: torch.Tensor | None) -> None:
+        self._give_all()
+        self._given[name] = tensor
+
+    def _give_all(self) -> None:
+        """From now on what is given counts, which so far is what the buffers hold."""
+        if self._tokens is not None:
+            self._given = {name: self._held(name) for name in self._buffers}
+            self._tokens = None
+
+    def _buffer(self, name: str, tokens: int, new: torch.Tensor) -> torch.Tensor:
+        """Room for what is held and `new`: the buffer there is, if what is held is its first tokens."""
+        held, buffer = self._held(name), self._buffers.get(name)
+        total = tokens + new.shape[-2]
+        if buffer is not None and total <= buffer.shape[-2] and tokens and _starts(buffer, held):
+            return buffer
+        room = max(total, self._max_context)
+        with torch.inference_mode(False):  # so that a later call outside inference mode may write to it
+            buffer = torch.empty(*new.shape[:-2], room, new.shape[-1], dtype=new.dtype, device=new.device)
+        if tokens and held is not None:
+            buffer[..., :tokens, :] = held
+        return buffer
+
+
+def _starts(buffer: torch.Tensor, view: torch.Tensor | None) -> bool:
+    """Whether `view` is the first tokens of `buffer`."""
+    return view is not None and view.data_ptr() == buffer.data_ptr() and view.stride() == buffer.stride()

@@ -28,7 +28,7 @@ _KINDS: dict[str, type[nn.Module]] = {
     "shared_expert": FusedMLP,
     "shared_expert_gate": FusedLinear,
 }
-_SCALES = (0.01, 1.0, 30.0)
+_TRIALS = ((1.0, 0.0), (1.0, 1.0), (30.0, 0.0))  # scale of the input, what the experts count
 
 
 class FusedSharedBlock(Fused):
@@ -42,7 +42,7 @@ class FusedSharedBlock(Fused):
             and set(children) == set(_KINDS)
             and not own_tensors(module)
             and all(isinstance(children[name], kind) for name, kind in _KINDS.items())
-            and children["shared_expert_gate"].out_features == 1
+            and bool(children["shared_expert_gate"].out_features == 1)
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,9 @@ class FusedSharedBlock(Fused):
     def _takes(self, x: Tensor) -> bool:
         gate = self._modules["shared_expert_gate"]
         weight = gate._parameters.get("weight") if isinstance(gate, FusedLinear) else None
-        return weight is not None and x.dim() == 3 and weight.shape[0] == 1 and fits(weight, x) and passable((gate,))
+        if weight is None or x.dim() != 3 or weight.shape[0] != 1:
+            return False
+        return fits(weight, x) and passable((gate,))
 
     def _quick(self, x: Tensor) -> Tensor:
         """x [batch, tokens, hidden]; the modules are asked in the order of the class's own forward."""
@@ -72,11 +74,10 @@ class FusedSharedBlock(Fused):
     def _trial(self, generator: torch.Generator, given: Tensor) -> Iterable[tuple[Answer, Answer]]:
         """With experts that give nothing, or what is easily told; none of the model's is asked for."""
         quiet = {name: without_hooks(self._modules[name]) for name in ("gate", "shared_expert")}
-        for scale in _SCALES:
+        for scale, factor in _TRIALS:
             x = (torch.randn(given.shape, generator=generator) * scale).to(given.dtype)
-            for factor in (0.0, 1.0):
-                block = with_children(self, experts=_Experts(factor), **quiet)
-                yield (block._quick(x),), (super(FusedSharedBlock, block).forward(x),)
+            block = with_children(self, experts=_Experts(factor), **quiet)
+            yield (block._quick(x),), (super(FusedSharedBlock, block).forward(x),)
 
 
 class _Experts(nn.Module):

@@ -18,12 +18,15 @@ from fate.models.kv_cache import PlannedLayer
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _CHILDREN = {*_NORMS, "self_attn", "mlp"}
-# Of a trial's input: where it is small, a sum is what attention adds to it, and any factor of that shows.
-_SCALES = (1e-3, 1.0, 100.0)
+# A trial's scale of the input, and what the MLP gives of its own input. Where the first is small, a sum is what was
+# added to it, and any factor of that shows.
+_TRIALS = ((1e-3, 0.0), (1e-3, 1.0), (1.0, 0.0))
 
 
 class FusedLayer(Fused):
     """y = x + self_attn(input_layernorm(x)), then y + mlp(post_attention_layernorm(y)): Llama's and its relatives'."""
+
+    mlp: nn.Module
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
@@ -58,10 +61,10 @@ class FusedLayer(Fused):
             return None
         if room[0].dtype != x.dtype or not room[0].is_cpu:
             return None
-        rotary = given["position_embeddings"]
-        if not self.agrees(x.dtype, x, head_norms, given, also=attention.form(given)):
+        trial, form = (x, head_norms, given), attention.form(given)
+        if not attention.agrees(x.dtype, *trial, also=form) or not self.agrees(x.dtype, *trial, also=form):
             return None
-        half = self._quick(x, (norms[0], norms[1]), head_norms, rotary, room)
+        half = self._quick(x, (norms[0], norms[1]), head_norms, given["position_embeddings"], room)
         layer.wrote()
         return half
 
@@ -80,26 +83,26 @@ class FusedLayer(Fused):
     def _trial(
         self, generator: torch.Generator, x: Tensor, head_norms: HeadNorms, given: dict[str, Any]
     ) -> Iterable[tuple[Answer, Answer]]:
-        """Around MLPs that give nothing and what they are given, so that no expert is asked for."""
+        """Around MLPs that are a factor, so that no expert is asked for."""
         attention: Any = self._modules["self_attn"]
-        for scale in _SCALES:
+        for scale, factor in _TRIALS:
             x, call, past = attention.trial_call(generator, x, given, scale)
-            for mlp in (_Factor(0.0), _Factor(1.0)):
-                own = with_children(self, mlp=mlp)
-                theirs, ours = TrialCache(past), PlannedLayer(past.shape[-2] + 1)
-                expected = super(FusedLayer, own).forward(x, **{**call, "past_key_values": theirs})
-                if not isinstance(expected, Tensor):
-                    raise ValueError(f"it gives a {type(expected).__name__}")
-                ours.update(*past)
-                norms, room = [norm_of(self._modules[name], x) for name in _NORMS], ours.room(x.shape[0])
-                assert norms[0] is not None
-                assert norms[1] is not None
-                assert room is not None
-                residual, normed = self._quick(x, (norms[0], norms[1]), head_norms, call["position_embeddings"], room)
-                ours.wrote()
-                assert ours.keys is not None
-                assert ours.values is not None
-                yield (residual + mlp(normed), ours.keys, ours.values), (expected, theirs.keys, theirs.values)
+            mlp = _Factor(factor)
+            theirs, ours = TrialCache(past), PlannedLayer(past.shape[-2] + 1)
+            own = with_children(self, mlp=mlp)
+            expected = super(FusedLayer, own).forward(x, **{**call, "past_key_values": theirs})
+            if not isinstance(expected, Tensor):
+                raise ValueError(f"it gives a {type(expected).__name__}")
+            ours.update(*past)
+            norms, room = [norm_of(self._modules[name], x) for name in _NORMS], ours.room(x.shape[0])
+            assert norms[0] is not None
+            assert norms[1] is not None
+            assert room is not None
+            residual, normed = self._quick(x, (norms[0], norms[1]), head_norms, call["position_embeddings"], room)
+            ours.wrote()
+            assert ours.keys is not None
+            assert ours.values is not None
+            yield (residual + mlp(normed), ours.keys, ours.values), (expected, theirs.keys, theirs.values)
 
 
 class _Factor(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 
@@ -44,7 +45,7 @@ class Routing:
     tokens: int = 1
     prefill: bool = False
 
-    @property
+    @cached_property
     def experts(self) -> tuple[int, ...]:
         return tuple(self.pairs_per_expert)
 
@@ -59,7 +60,7 @@ class Prediction:
     layer: int
     ranked: tuple[tuple[int, float], ...]
 
-    @property
+    @cached_property
     def experts(self) -> tuple[int, ...]:
         return tuple(expert for expert, _ in self.ranked)
 

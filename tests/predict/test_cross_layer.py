@@ -18,7 +18,7 @@ class Gate:
         return tuple((expert, 0.4 / (rank + 1)) for rank, expert in enumerate(order))
 
 
-def make(cached=lambda layer, expert: False, gates=None, incomplete=lambda layer: True, load=lambda: 0.0):
+def make(cached=lambda layer: (), gates=None, incomplete=lambda layer: True, load=lambda: 0.0):
     gates = gates or [Gate()] * NUM_LAYERS
     context = PredictorContext(gates, incomplete, [NUM_EXPERTS] * NUM_LAYERS, TOP_K, cached, load)
     return PREDICTORS.get("cross-layer")(context)
@@ -36,7 +36,7 @@ def test_the_next_two_layers_the_nearer_first_and_worth_more():
 
 
 def test_what_is_cached_is_named_with_confidence_zero():
-    near, _ = make(cached=lambda layer, expert: expert == 3).predict(routing(0, (3, 5)), [3, 5])
+    near, _ = make(cached=lambda layer: {3}).predict(routing(0, (3, 5)), [3, 5])
     assert dict(near.ranked)[3] == 0.0
     assert dict(near.ranked)[5] > 0.0
 

@@ -8,7 +8,7 @@ a router to them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,14 +31,14 @@ class Gate(Protocol):
 class PredictorContext:
     """What a predictor may build on: one gate per MoE layer (None where a router cannot be asked), whether a layer has
     experts that are not in memory (without them a guess is not worth making), experts of each layer, and of one token
-    in a layer, whether a layer's cache has an expert (guesses that are staged are not in it), and for what share of the
+    in a layer, the experts in a layer's cache (guesses that are staged are not in it), and for what share of the
     time the link was busy lately."""
 
     gates: Sequence[Gate | None]
     incomplete: Callable[[int], bool]
     num_experts: Sequence[int] = ()
     top_k: int = 1
-    cached: Callable[[int, int], bool] = lambda layer, expert: False
+    cached: Callable[[int], Container[int]] = lambda layer: ()
     link_load: Callable[[], float] = lambda: 0.0
 
 

@@ -76,7 +76,8 @@ class CrossLayerGate(Predictor):
         return self._prediction(layer, 0, self._recent[layer].ranked(self._limits[layer]))
 
     def _prediction(self, layer: int, distance: int, ranked: Sequence[tuple[int, float]]) -> Prediction:
-        absent = frozenset(expert for expert, _ in ranked if not self.context.cached(layer, expert))
+        cached = self.context.cached(layer)
+        absent = frozenset([expert for expert, _ in ranked if expert not in cached])
         saying = self._said[layer, distance] = Saying(ranked, absent)
         worth = PATIENCE if distance > 1 else 1.0
         named = self._calibration(layer, distance).confident(saying)

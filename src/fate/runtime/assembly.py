@@ -133,7 +133,7 @@ class Assembly:
             manager.incomplete,
             self._counts,
             self.top_k,
-            manager.cached,
+            manager.cache.cached,
             link_load=lambda: manager.link_load,
         )
         predictor = PREDICTORS.get(system.predictor)(context)

@@ -95,10 +95,6 @@ class ExpertManager:
         """Whether `layer` has experts that are not cached: only then is a guess worth making."""
         return self.cache.num_cached(layer) < self.header.layers[layer].num_experts
 
-    def cached(self, layer: int, expert: int) -> bool:
-        """Whether the layer's cache has the expert, landed or not; what is only staged as a guess is not in it."""
-        return expert in self.cache.cached(layer)
-
     def close(self) -> None:
         """Stop the transfers once no lease is in use; later leases raise ClosedError."""
         with self.lock:

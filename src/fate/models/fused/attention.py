@@ -97,7 +97,7 @@ class FusedAttention(Fused):
                 return None
         takes = (
             hidden_states.shape[0] <= self.MAX_TOKENS
-            and self.config._attn_implementation == ATTENTION_FUNCTION
+            and _attention_function(self.config) == ATTENTION_FUNCTION
             and _is_rotary(position_embeddings, hidden_states, self.head_dim)
             and passable(children.values())
         )
@@ -169,6 +169,12 @@ def _heads_fit(module: Any) -> bool:
         and q.out_features % k.out_features == 0
         and q.in_features == k.in_features == v.in_features
     )
+
+
+def _attention_function(config: Any) -> Any:
+    """Which one the configuration names; its own attribute takes a dozen calls to read."""
+    name = object.__getattribute__(config, "__dict__").get("_attn_implementation_internal")
+    return config._attn_implementation if name is None else name
 
 
 def _is_rotary(given: Any, hidden: Tensor, head_dim: int) -> bool:

@@ -93,6 +93,20 @@ def test_one_side_replaced_alone():
     assert torch.equal(ours.values, theirs.layers[0].values)
 
 
+def test_one_side_replaced_beyond_the_plan():
+    """The buffers of both sides then have different room."""
+    ours, theirs = PlannedLayer(4), DynamicCache()
+    theirs.update(*states(6, 0), layer_idx=0)
+    ours.update(*states(6, 0))
+    for layer in (ours, theirs.layers[0]):
+        layer.crop(-4)
+        layer.values = layer.values * 3
+        for seed in range(1, 5):
+            layer.update(*states(1, seed))
+    assert torch.equal(ours.keys, theirs.layers[0].keys)
+    assert torch.equal(ours.values, theirs.layers[0].values)
+
+
 def test_begun_in_inference_mode_it_goes_on_outside(prompt):
     with fate.load(tiny_store("qwen2_moe")) as model:
         whole = model(prompt).logits[:, -1]

@@ -248,7 +248,7 @@ def attention_half(
 
     matrices: of queries, keys, values and the output. head_norms, rotary, head_dim: as for `project_heads`. cache: keys
     and values [batch, kv heads, positions, head_dim] in any strides but the last, and the position at which the token's
-    own are written; those before it are attended to.
+    own are written; it attends to them and to all before.
     """
     batch, dtype, (keys, values, first) = x.shape[0], x.dtype, cache
     shape = (batch, matrices[1].rows // head_dim, keys.shape[2], head_dim)

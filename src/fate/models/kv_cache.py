@@ -73,7 +73,7 @@ class PlannedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         states = {"keys": key_states, "values": value_states}
         held = self.get_seq_length()
-        if self._tokens is None or held + key_states.shape[-2] > self._buffers["keys"].shape[-2]:
+        if self._tokens is None or held + key_states.shape[-2] > self._positions():
             self._give_all()
             for name, new in states.items():
                 self._buffers[name] = self._buffer(name, held, new)
@@ -87,7 +87,7 @@ class PlannedLayer(DynamicLayer):
         if self._tokens is None:
             return None
         keys, values = self._buffers["keys"], self._buffers["values"]
-        return (keys, values, self._tokens) if self._tokens < keys.shape[2] and keys.shape[0] == batch else None
+        return (keys, values, self._tokens) if self._tokens < self._positions() and keys.shape[0] == batch else None
 
     def wrote(self) -> None:
         """The first free position was written."""
@@ -97,6 +97,10 @@ class PlannedLayer(DynamicLayer):
     def reset(self) -> None:
         self._buffers = {}
         super().reset()
+
+    def _positions(self) -> int:
+        """Of the smaller buffer."""
+        return min(buffer.shape[-2] for buffer in self._buffers.values())
 
     def _held(self, name: str) -> torch.Tensor | None:
         if self._tokens is None:

@@ -67,7 +67,9 @@ class FusedAttention(Fused):
     @staticmethod
     def form(given: dict[str, Any]) -> Hashable:
         """What a call's answer may depend on besides numbers: a trial stands for calls of one form."""
-        return (*(name for name in _HARMLESS if given.get(name) is not None), given["position_embeddings"][0].shape[2])
+        values = {name: given[name] for name in _HARMLESS if given.get(name) is not None}
+        named = [(name, isinstance(value, Tensor) or bool(value)) for name, value in values.items()]
+        return (*named, given["position_embeddings"][0].shape[2])
 
     @property
     def packed_matrices(self) -> tuple[PackedMatrix, PackedMatrix, PackedMatrix, PackedMatrix]:
@@ -127,7 +129,7 @@ class FusedAttention(Fused):
         """A call like the given one, elsewhere, with other numbers: hidden states, the other arguments but the cache,
         and that cache's keys and values [2, batch, kv heads, _PAST, head_dim]."""
         batch, dtype, kv_heads = hidden.shape[0], hidden.dtype, self.packed_matrices[1].rows // self.head_dim
-        call = dict(given)
+        call = {"attention_mask": None, **given}
         if isinstance(call.get("position_ids"), Tensor):
             call["position_ids"] = torch.full_like(call["position_ids"], _FAR)
         x = (torch.randn(hidden.shape, generator=generator) * scale).to(dtype)

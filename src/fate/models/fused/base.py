@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from transformers.utils import output_capturing
 
 from fate.kernels import native
 from fate.kernels.fused import PackedMatrix
@@ -79,9 +80,18 @@ def passable(modules: Iterable[nn.Module | None]) -> bool:
     for module in modules:
         if module is not None:
             state = module.__dict__
-            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            if state["_forward_pre_hooks"] or "forward" in state:
+                return False
+            if state["_forward_hooks"] and not _idle(state["_forward_hooks"].values()):
                 return False
     return True
+
+
+def _idle(hooks: Iterable[Any]) -> bool:
+    """Whether these are only transformers' own, which stay once any output was asked for, and none is asked for now."""
+    if any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks):
+        return False
+    return not output_capturing._active_collector.get()  # what is asked for, by name; None outside of a model's forward
 
 
 def with_children(module: Any, **children: nn.Module) -> Any:

@@ -28,7 +28,7 @@ _KINDS: dict[str, type[nn.Module]] = {
     "shared_expert": FusedMLP,
     "shared_expert_gate": FusedLinear,
 }
-_TRIALS = ((1.0, 0.0), (1.0, 1.0), (30.0, 0.0))  # scale of the input, what the experts count
+_TRIALS = ((1.0, 0.0), (1.0, 100.0), (30.0, 0.0))  # scale of the input, what the experts count
 
 
 class FusedSharedBlock(Fused):
@@ -54,7 +54,9 @@ class FusedSharedBlock(Fused):
 
     def _takes(self, x: Tensor) -> bool:
         gate = self._modules["shared_expert_gate"]
-        weight = gate._parameters.get("weight") if isinstance(gate, FusedLinear) else None
+        if not isinstance(gate, FusedLinear) or gate._parameters.get("bias") is not None:
+            return False
+        weight = gate._parameters.get("weight")
         if weight is None or x.dim() != 3 or weight.shape[0] != 1:
             return False
         return fits(weight, x) and passable((gate,))
@@ -67,13 +69,18 @@ class FusedSharedBlock(Fused):
         _, weights, indices = children["gate"](flat)
         out = children["experts"](flat, indices, weights)
         gate = children["shared_expert_gate"]
-        if out.dtype != x.dtype or not out.is_contiguous():  # experts of another kind
-            return (out + torch.sigmoid(gate(flat)) * shared).view(x.shape)
-        return add_gated(out, shared, flat, gate.weight).view(x.shape)
+        if all(may_be_quick(t) and t.dtype == x.dtype and t.shape == flat.shape for t in (out, shared)):
+            return add_gated(out, shared, flat, gate.weight).view(x.shape)
+        return (out + torch.sigmoid(gate(flat)) * shared).view(x.shape)  # someone's hooks, or experts of another kind
 
     def _trial(self, generator: torch.Generator, given: Tensor) -> Iterable[tuple[Answer, Answer]]:
-        """With experts that give nothing, or what is easily told; none of the model's is asked for."""
-        quiet = {name: without_hooks(self._modules[name]) for name in ("gate", "shared_expert")}
+        """With experts that give nothing, or what tells how they were weighted; none of the model's is asked for."""
+        shared: Any = self._modules["shared_expert"]
+        inner = {name: without_hooks(child) for name, child in shared._modules.items() if child is not None}
+        quiet = {
+            "gate": without_hooks(self._modules["gate"]),
+            "shared_expert": with_children(without_hooks(shared), **inner),
+        }
         for scale, factor in _TRIALS:
             x = (torch.randn(given.shape, generator=generator) * scale).to(given.dtype)
             block = with_children(self, experts=_Experts(factor), **quiet)
@@ -86,5 +93,5 @@ class _Experts(nn.Module):
         self._factor = factor
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        told = x * weights.sum(dim=-1, keepdim=True) + indices.sum(dim=-1, keepdim=True)
-        return (told * self._factor).to(x.dtype)
+        told = weights * (1 + indices / (indices.max() + 1))  # which weight is whose
+        return (x * told.sum(dim=-1, keepdim=True) * self._factor).to(x.dtype)

@@ -20,7 +20,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _CHILDREN = {*_NORMS, "self_attn", "mlp"}
 # A trial's scale of the input, and what the MLP gives of its own input. Where the first is small, a sum is what was
 # added to it, and any factor of that shows.
-_TRIALS = ((1e-3, 0.0), (1e-3, 1.0), (1.0, 0.0))
+_TRIALS = ((1e-3, 0.0), (1e-3, 100.0), (1.0, 0.0), (100.0, 0.0))
 
 
 class FusedLayer(Fused):
@@ -119,4 +119,5 @@ def _planned(cache: Any, index: int) -> PlannedLayer | None:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    return layer if type(layer) is PlannedLayer else None
+    replaced = "update" in cache.__dict__ or "update" in layer.__dict__  # someone wants to hear of it
+    return layer if type(layer) is PlannedLayer and not replaced else None

@@ -195,11 +195,11 @@ def test_interrupted_anywhere_the_next_run_is_right(prompt):
     previous = signal.signal(signal.SIGALRM, interrupt)
     try:
         with fate.load(tiny_store("qwen2_moe"), experts="40%") as model, torch.inference_mode():
-            expected = model(ids).logits
-            start = time.perf_counter()
-            model(ids)
-            span, interrupted = time.perf_counter() - start, 0
-            for _ in range(150):
+            expected, interrupted = model(ids).logits, 0
+            for _ in range(600):
+                start = time.perf_counter()
+                assert torch.equal(model(ids).logits, expected)
+                span = time.perf_counter() - start  # of this moment: a first run, or a busy machine, takes longer
                 try:
                     try:
                         signal.setitimer(signal.ITIMER_REAL, rng.random() * span + 1e-5)
@@ -213,7 +213,9 @@ def test_interrupted_anywhere_the_next_run_is_right(prompt):
                 assert not manager.cache.pinned
                 assert not manager.lock._is_owned()
                 assert torch.get_num_threads() == 2
-            assert interrupted > 30
+                if interrupted == 60:
+                    break
+            assert interrupted == 60
     finally:
         signal.signal(signal.SIGALRM, previous)
 

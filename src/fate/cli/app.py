@@ -77,6 +77,9 @@ def _prepare_transformers() -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are enough
+    # OpenMP's threads, idle after each of torch's own operations, would go on looking out for the next one for
+    # milliseconds, on the cores that our kernels' threads need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # transformers imports hqq where it is installed, for quantized KV caches, which no command makes; and hqq imports
     # torch's compiler, a second or more. None says that there is no such module.
     sys.modules.setdefault("hqq", None)  # type: ignore[arg-type]

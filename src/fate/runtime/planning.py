@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fate.core import Envelope
+from fate.kernels import threads
 from fate.memory import MIB, Needs, resident_bytes
 from fate.models.adapters import Adaptation, adaptation
 from fate.store.format import StoreHeader
@@ -163,6 +164,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 def _kernel_scratch(tokens: int, hidden: int, header: StoreHeader) -> int:
     """The CPU kernels' buffers: int8 activations with their scales; of 512 pairs at a time the intermediate rows too,
-    as floats and quantized twice."""
+    as floats and quantized twice; and each thread's unpacked weight rows and tiles."""
     intermediate = max(m.cols for layer in header.layers for m in layer.matrices)
-    return int(1.13 * tokens * hidden + 512 * (2.26 * hidden + 8.6 * intermediate))
+    each_thread = 40 * max(hidden, intermediate) + 80_000
+    return int(tokens * (1.13 * hidden + 64) + 512 * (6.3 * intermediate + 256)) + threads.count() * each_thread

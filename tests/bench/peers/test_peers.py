@@ -114,6 +114,21 @@ def test_engines_take_turns_and_limits_are_cold(log: list[Any]) -> None:
     assert log[log.index(limited[1]) - 1] == ["a.q4_1.gguf"]
 
 
+def test_the_peers_openmp_is_left_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    run = fake_run([])
+
+    def noted(command: list[str], job: dict[str, Any], limit: int | None) -> dict[str, Any]:
+        commands.append(command)
+        return run(command, job, limit)
+
+    monkeypatch.setattr(module, "run_worker", noted)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    compared([])
+    asked = [*next(command for command in commands if "python" in command)[:-2], "printenv", "OMP_WAIT_POLICY"]
+    assert subprocess.run(asked, capture_output=True, text=True).stdout == ""
+
+
 def test_ratios_are_to_the_peers_best_and_failures_are_told(log: list[Any]) -> None:
     _, found = compared(log)
     rows = {(row["budget"], row["what"]): row for row in found["rows"]}

@@ -26,6 +26,7 @@ from fate.memory import parse_memory
 RESIDENT = "resident"
 _WORKER = Path(__file__).with_name("llama_worker.py")
 _TIMEOUT_S = 1800
+_OPENMP_AS_IT_COMES = ("env", "-u", "OMP_WAIT_POLICY")  # the command line that we are run from suits it to our kernels
 _INSTALL = "python -m venv peer && peer/bin/pip install llama-cpp-python, then give --peer-python peer/bin/python"
 
 Progress = Callable[[int, int, str], None]
@@ -127,7 +128,7 @@ class Comparison:
         else:
             if limit is not None and variant.repack and variant.file.file_bytes > limit:
                 return {"failed": "not run: its repacked copy is larger than the limit"}
-            command = [self._python, str(_WORKER)]
+            command = [*_OPENMP_AS_IT_COMES, self._python, str(_WORKER)]
             job |= {"model": str(variant.file.path), "repack": variant.repack}
             files = [variant.file.path]
         if limit is not None:

@@ -36,9 +36,8 @@ inline void quantize_group(const float* values, int8_t* codes, float* scale, flo
 
 FATE_CLONES
 void quantize_row(const float* values, int cols, const TokenRows& out, int64_t token) {
-    int8_t* codes = out.codes + token * out.groups * kGroup;
-    float* scales = out.scales + token * padded_groups(out.groups);
-    float* sums = out.sums + token * padded_groups(out.groups);
+    int8_t* codes = out.codes_of(token);
+    float *scales = out.scales_of(token), *sums = out.sums_of(token);
     const int whole = cols / kGroup;
     for (int g = 0; g < whole; ++g) {
         quantize_group(values + g * kGroup, codes + g * kGroup, scales + g, sums + g);
@@ -69,37 +68,15 @@ static void quantize_rest(const float* values, const int8_t* codes, float scale,
 }
 
 void quantize_row_twice(const float* values, int cols, const TokenRows& out, int64_t token) {
-    const int64_t coarse = 2 * token, rest = coarse + 1, width = static_cast<int64_t>(out.groups) * kGroup;
-    const int64_t padded = padded_groups(out.groups);
+    const int64_t coarse = 2 * token, rest = coarse + 1;
     quantize_row(values, cols, out, coarse);
     for (int g = 0; g < out.groups; ++g) {
         float group[kGroup] = {};
         std::memcpy(group, values + g * kGroup, std::min(kGroup, cols - g * kGroup) * sizeof(float));
-        quantize_rest(group, out.codes + coarse * width + g * kGroup, out.scales[coarse * padded + g],
-                      out.codes + rest * width + g * kGroup, out.scales + rest * padded + g,
-                      out.sums + rest * padded + g);
+        quantize_rest(group, out.codes_of(coarse) + g * kGroup, out.scales_of(coarse)[g],
+                      out.codes_of(rest) + g * kGroup, out.scales_of(rest) + g, out.sums_of(rest) + g);
     }
-    for (int64_t g = out.groups; g < padded; ++g) out.scales[rest * padded + g] = out.sums[rest * padded + g] = 0.0f;
-}
-
-void interleave(const TokenRow* rows, int count, const TokenBlocks& out, int64_t block) {
-    int8_t* codes = out.block_codes(block);
-    float* scales = out.block_scales(block);
-    float* sums = out.block_sums(block);
-    if (count < kBlockTokens) {
-        std::memset(codes, 0, static_cast<size_t>(out.groups) * kGroup * kBlockTokens);
-        std::memset(scales, 0, static_cast<size_t>(out.groups) * kBlockTokens * sizeof(float));
-        std::memset(sums, 0, static_cast<size_t>(out.groups) * kBlockTokens * sizeof(float));
-    }
-    for (int t = 0; t < count; ++t) {
-        for (int quad = 0; quad < out.groups * (kGroup / 4); ++quad) {
-            std::memcpy(codes + (quad * kBlockTokens + t) * 4, rows[t].codes + quad * 4, 4);
-        }
-        for (int g = 0; g < out.groups; ++g) {
-            scales[g * kBlockTokens + t] = rows[t].scales[g];
-            sums[g * kBlockTokens + t] = rows[t].sums[g];
-        }
-    }
+    for (int g = out.groups; g < padded_groups(out.groups); ++g) out.scales_of(rest)[g] = out.sums_of(rest)[g] = 0.0f;
 }
 
 FATE_CLONES

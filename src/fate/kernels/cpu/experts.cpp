@@ -1,8 +1,8 @@
 // The experts of one layer: a list of them in one call.
 //
 // Experts are taken in passes of at most kMaxPairs pairs, which bounds the scratch; an expert with more pairs is cut.
-// A pass has up to five steps, each shared over all threads:
-//   interleave tokens (experts with many) | first matrix, bias, activation -> inter | quantize inter | down -> rows
+// A pass has three steps, each shared over all threads:
+//   first matrix, bias, activation -> inter | quantize inter | down -> rows
 //
 // `inter` is quantized twice, values and what rounding left of them, and `down` sums the products of both: a product of
 // two factors has far larger extremes than they have, and in int8 alone it costs more accuracy than all the rest.
@@ -20,24 +20,24 @@ constexpr int kMaxPairs = 512;
 constexpr int kFewPairs = 8;  // quantized sooner than a helper comes
 constexpr int kInterRows = 2;  // of one pair
 
-// A run of pairs of one expert within a pass. `first` and `first_block` count from the start of the pass.
+// A run of pairs of one expert within a pass; `first` counts from the start of the pass.
 struct Segment {
     Matrix up, down;
     const void *up_bias, *down_bias;  // null: none
     int first, pairs;
-    int first_block, blocks;  // of x; blocks: 0 in row form
-    int first_inter_block, inter_blocks;
 };
 
 struct Item {
     int segment, row, count, first, n;
 };
 
-// Work items over `rows` weight rows and at most `pairs` pairs of every segment.
-std::vector<Item> make_items(const std::vector<Segment>& segments, int rows, int pairs, int threads) {
+// Work items over `rows` weight rows and at most `pairs` pairs of every segment, `rows_per_pair` tokens each.
+std::vector<Item> make_items(const std::vector<Segment>& segments, int rows, int pairs, int rows_per_pair,
+                             int threads) {
     std::vector<Item> items;
-    const int per_item = item_rows(rows * static_cast<int>(std::min<size_t>(segments.size(), 8)), threads);
     for (int s = 0; s < static_cast<int>(segments.size()); ++s) {
+        const int per_item = item_rows(rows * static_cast<int>(std::min<size_t>(segments.size(), 8)), threads,
+                                       tile_kernels().banded(rows_per_pair * segments[s].pairs));
         for (int row = 0; row < rows; row += per_item) {
             for (int first = 0; first < segments[s].pairs; first += pairs) {
                 items.push_back(
@@ -67,7 +67,7 @@ void part(const float* first, const float* second, int count, float* gate, float
 struct PassPlan {
     std::vector<Segment> segments;
     int64_t first_pair = 0;
-    int pairs = 0, blocks = 0, inter_blocks = 0;
+    int pairs = 0;
 };
 
 class Pass {
@@ -81,21 +81,18 @@ class Pass {
           bytes_per_thread_(bytes_per_thread),
           hidden_(plan.segments[0].down.rows),
           inner_(plan.segments[0].down.cols) {
-        const int hidden_groups = plan.segments[0].up.groups, inner_groups = plan.segments[0].down.groups;
         x_rows_ = scratch.take<TokenRow>(plan.pairs);
         inter_rows_ = scratch.take<TokenRow>(kInterRows * plan.pairs);
-        x_blocks_ = take_blocks(scratch, plan.blocks, hidden_groups);
-        inter_blocks_ = take_blocks(scratch, plan.inter_blocks, inner_groups);
-        inter_quantized_ = take_rows(scratch, kInterRows * plan.pairs, inner_groups);
+        inter_quantized_ = take_rows(scratch, kInterRows * plan.pairs, plan.segments[0].down.groups);
         inter_ = scratch.take<float>(static_cast<int64_t>(plan.pairs) * inner_);
         for (int p = 0; p < plan.pairs; ++p) x_rows_[p] = x.row(pairs_[2 * p]);
         for (int r = 0; r < kInterRows * plan.pairs; ++r) inter_rows_[r] = inter_quantized_.row(r);
     }
 
-    static int64_t scratch_bytes(const PassPlan& plan, int hidden_groups, int inner_groups, int inner) {
+    static int64_t scratch_bytes(const PassPlan& plan, int inner_groups, int inner) {
         return Scratch::rounded(plan.pairs * sizeof(TokenRow)) +
-               Scratch::rounded(kInterRows * plan.pairs * sizeof(TokenRow)) + blocks_bytes(plan.blocks, hidden_groups) +
-               blocks_bytes(plan.inter_blocks, inner_groups) + rows_bytes(kInterRows * plan.pairs, inner_groups) +
+               Scratch::rounded(kInterRows * plan.pairs * sizeof(TokenRow)) +
+               rows_bytes(kInterRows * plan.pairs, inner_groups) +
                Scratch::rounded(static_cast<int64_t>(plan.pairs) * inner * sizeof(float));
     }
 
@@ -103,39 +100,18 @@ class Pass {
         const auto tile = [this](int thread) {
             return reinterpret_cast<float*>(threads_memory_ + thread * bytes_per_thread_);
         };
-        if (plan_.blocks > 0) interleave_all(x_rows_, x_blocks_, false, threads);
         parallel_for(up_items.size(), threads, [&](int64_t i, int thread) { up(up_items[i], tile(thread)); });
         parallel_for(plan_.pairs, plan_.pairs > kFewPairs ? threads : 1, [&](int64_t p, int) {
             quantize_row_twice(inter_ + p * inner_, inner_, inter_quantized_, p);
         });
-        if (plan_.inter_blocks > 0) interleave_all(inter_rows_, inter_blocks_, true, threads);
         parallel_for(down_items.size(), threads, [&](int64_t i, int thread) { down(down_items[i], tile(thread)); });
     }
 
   private:
-    void interleave_all(const TokenRow* rows, const TokenBlocks& blocks, bool inter, int threads) const {
-        parallel_for(plan_.segments.size(), threads, [&](int64_t s, int) {
-            const Segment& segment = plan_.segments[s];
-            const int per_pair = inter ? kInterRows : 1, count = per_pair * segment.pairs;
-            for (int b = 0; b < (inter ? segment.inter_blocks : segment.blocks); ++b) {
-                const int first = b * kBlockTokens;
-                interleave(rows + per_pair * segment.first + first, std::min(count - first, kBlockTokens), blocks,
-                           (inter ? segment.first_inter_block : segment.first_block) + b);
-            }
-        });
-    }
-
-    static Tokens tokens_of(int count, const TokenRow* rows, const TokenBlocks& blocks, int first_block, bool blocked) {
-        const TokenBlocks own{blocks.block_codes(first_block), blocks.block_scales(first_block),
-                              blocks.block_sums(first_block), blocks.groups};
-        return {count, rows, own, blocked};
-    }
-
     // Rows of the first matrix times the item's tokens, with their bias -> tile.
     void first_rows(const Segment& segment, const Item& item, int row, float* tile, void* scratch) const {
-        const Tokens tokens =
-            tokens_of(segment.pairs, x_rows_ + segment.first, x_blocks_, segment.first_block, segment.blocks > 0);
-        multiply(tile_kernels(), segment.up, row, item.count, tokens, item.first, item.n, tile, scratch);
+        const TokenRow* tokens = x_rows_ + segment.first + item.first;
+        tile_kernels().multiply(segment.up, row, item.count, tokens, item.n, tile, scratch);
         add_bias(segment.up_bias, call_.bias_dtype, row, item.count, item.n, tile);
     }
 
@@ -164,10 +140,9 @@ class Pass {
 
     void down(const Item& item, float* tile) const {
         const Segment& segment = plan_.segments[item.segment];
-        const Tokens tokens = tokens_of(kInterRows * segment.pairs, inter_rows_ + kInterRows * segment.first,
-                                        inter_blocks_, segment.first_inter_block, segment.inter_blocks > 0);
-        multiply(tile_kernels(), segment.down, item.row, item.count, tokens, kInterRows * item.first,
-                 kInterRows * item.n, tile, tile + 2 * kTileFloats);
+        const TokenRow* tokens = inter_rows_ + kInterRows * (segment.first + item.first);
+        tile_kernels().multiply(segment.down, item.row, item.count, tokens, kInterRows * item.n, tile,
+                                tile + 2 * kTileFloats);
         for (int t = 0; t < item.n; ++t) {
             const int32_t* pair = pairs_ + 2 * (segment.first + item.first + t);
             float* row = call_.rows + (pair[0] * call_.top_k + pair[1]) * hidden_;
@@ -186,7 +161,6 @@ class Pass {
     int64_t bytes_per_thread_;
     int hidden_, inner_;
     TokenRow *x_rows_, *inter_rows_;
-    TokenBlocks x_blocks_, inter_blocks_;
     TokenRows inter_quantized_;
     float* inter_;
 };
@@ -198,7 +172,6 @@ const void* bias_of(const void* biases, DType dtype, int64_t rows, int64_t numbe
 
 // Cuts experts at kMaxPairs pairs and packs the pieces, in order, into passes.
 std::vector<PassPlan> make_passes(const ExpertsCall& call, const ExpertWork* experts, int count) {
-    const int block_min = tile_kernels().block_min_tokens;
     std::vector<PassPlan> passes;
     for (int e = 0; e < count; ++e) {
         const ExpertWork& expert = experts[e];
@@ -206,8 +179,6 @@ std::vector<PassPlan> make_passes(const ExpertsCall& call, const ExpertWork* exp
         const Matrix down = call.record->matrix(expert.record, 1, expert.prefix_only);
         for (int64_t at = 0; at < expert.pairs; at += kMaxPairs) {
             const int pairs = static_cast<int>(std::min<int64_t>(kMaxPairs, expert.pairs - at));
-            const int blocks = pairs >= block_min ? blocks_of(pairs) : 0;
-            const int inter_blocks = kInterRows * pairs >= block_min ? blocks_of(kInterRows * pairs) : 0;
             if (passes.empty() || passes.back().pairs + pairs > kMaxPairs) {
                 passes.push_back({});
                 passes.back().first_pair = expert.first_pair + at;
@@ -215,10 +186,8 @@ std::vector<PassPlan> make_passes(const ExpertsCall& call, const ExpertWork* exp
             PassPlan& pass = passes.back();
             pass.segments.push_back({up, down, bias_of(call.up_bias, call.bias_dtype, up.rows, expert.number),
                                      bias_of(call.down_bias, call.bias_dtype, down.rows, expert.number), pass.pairs,
-                                     pairs, pass.blocks, blocks, pass.inter_blocks, inter_blocks});
+                                     pairs});
             pass.pairs += pairs;
-            pass.blocks += blocks;
-            pass.inter_blocks += inter_blocks;
         }
     }
     return passes;
@@ -242,7 +211,7 @@ void experts(const ExpertsCall& call, const ExpertWork* work, int count) {
     int64_t pass_bytes = 0, pairs = 0;
     for (const PassPlan& pass : passes) {
         pairs += pass.pairs;
-        pass_bytes = std::max(pass_bytes, Pass::scratch_bytes(pass, up.groups, down.groups, down.cols));
+        pass_bytes = std::max(pass_bytes, Pass::scratch_bytes(pass, down.groups, down.cols));
     }
     const int64_t products = pairs * down.rows * down.cols;
     const int threads = products < kMinParallelWork ? 1 : call.threads;
@@ -256,8 +225,8 @@ void experts(const ExpertsCall& call, const ExpertWork* work, int count) {
     for (const PassPlan& plan : passes) {
         scratch.rewind(mark);
         const Pass pass(call, x, plan, threads_memory, per_thread, scratch);
-        pass.run(make_items(plan.segments, down.cols, kTileTokens, threads),
-                 make_items(plan.segments, down.rows, kTileTokens / kInterRows, threads), threads);
+        pass.run(make_items(plan.segments, down.cols, kTileTokens, 1, threads),
+                 make_items(plan.segments, down.rows, kTileTokens / kInterRows, kInterRows, threads), threads);
     }
 }
 

@@ -12,21 +12,18 @@ constexpr int kMaxTokens = 512;  // tokens quantized at a time, which bounds the
 struct LinearScratch {
     TokenRows quantized;
     TokenRow* rows;
-    TokenBlocks blocks;
     float* floats;  // [threads][max(cols, kTileFloats + kTileRows)]
     char* kernel;   // [threads][kernel_bytes]
     int64_t floats_each, kernel_bytes;
 
-    LinearScratch(int cols, int groups, int tokens, bool blocked, int threads) {
-        const int num_blocks = blocked ? blocks_of(tokens) : 0;
+    LinearScratch(int cols, int groups, int tokens, int threads) {
         floats_each = round_up(std::max<int>(cols, kTileFloats + kTileRows), kLanes);
         kernel_bytes = Scratch::rounded(tile_kernels().scratch_bytes(groups));
         Scratch& scratch = Scratch::reserve(
             rows_bytes(tokens, groups) + Scratch::rounded(tokens * sizeof(TokenRow)) +
-            blocks_bytes(num_blocks, groups) + threads * (floats_each * sizeof(float) + kernel_bytes));
+            threads * (floats_each * sizeof(float) + kernel_bytes));
         quantized = take_rows(scratch, tokens, groups);
         rows = scratch.take<TokenRow>(tokens);
-        blocks = take_blocks(scratch, num_blocks, groups);
         floats = scratch.take<float>(threads * floats_each);
         kernel = scratch.take<char>(threads * kernel_bytes);
     }
@@ -62,14 +59,12 @@ struct LinearPass {
 
     void run(int threads) const {
         const TileKernels& kernels = tile_kernels();
-        const bool blocked = tokens >= kernels.block_min_tokens;
-        const LinearScratch scratch(cols, groups, tokens, blocked, threads);
-        const Tokens view{tokens, scratch.rows, scratch.blocks, blocked};
-        const int num_blocks = blocked ? blocks_of(tokens) : 0;
+        const LinearScratch scratch(cols, groups, tokens, threads);
         const int token_items = (tokens + kTileTokens - 1) / kTileTokens;
         int64_t rows = 0, items = 0;
         for (const Product& product : products) rows += product.matrix.rows;
-        const int per_item = item_rows(static_cast<int>(std::min<int64_t>(rows, 1 << 30)), threads);
+        const int per_item = item_rows(static_cast<int>(std::min<int64_t>(rows, 1 << 30)), threads,
+                                       kernels.banded(tokens));
         const auto items_of = [&](const Product& product) {
             return static_cast<int64_t>((product.matrix.rows + per_item - 1) / per_item) * token_items;
         };
@@ -79,10 +74,6 @@ struct LinearPass {
         parallel_for(tokens, tokens > 2 ? threads : 1, [&](int64_t token, int thread) {
             quantize(scratch, static_cast<int>(token), scratch.floats + thread * scratch.floats_each);
         });
-        parallel_for(num_blocks, threads, [&](int64_t block, int) {
-            const int first = static_cast<int>(block) * kBlockTokens;
-            interleave(scratch.rows + first, std::min(tokens - first, kBlockTokens), scratch.blocks, block);
-        });
         parallel_for(items, threads, [&](int64_t item, int thread) {
             const Product* product = products.begin();
             for (int64_t n; item >= (n = items_of(*product)); ++product) item -= n;
@@ -91,8 +82,8 @@ struct LinearPass {
             const int count = std::min(product->matrix.rows - row, per_item);
             const int n = std::min(tokens - first, kTileTokens);
             float* floats = scratch.floats + thread * scratch.floats_each;
-            multiply(kernels, product->matrix, row, count, view, first, n, floats,
-                     scratch.kernel + thread * scratch.kernel_bytes);
+            kernels.multiply(product->matrix, row, count, scratch.rows + first, n, floats,
+                             scratch.kernel + thread * scratch.kernel_bytes);
             store(*product, row, count, first, n, floats, floats + kTileFloats);
         });
     }

@@ -1,9 +1,9 @@
 // The vector layer of the tile kernels: what they need of an instruction set, and nothing else. tiles_rows.h and
-// tiles_blocks.h are written once over it, and tiles_simd.cpp is compiled once for each instruction set. The header of
+// tiles_bands.h are written once over it, and tiles_simd.cpp is compiled once for each instruction set. The header of
 // that set, chosen below, defines in an anonymous namespace, so that no other file can end up running it:
 //
 //   Codes                        64 bytes: the codes of one group, or 64 bytes of a plane
-//     load_codes(at), fill(byte), both(x, y), either(x, y), select(mask, x, y)
+//     load_codes(at), (at, 16 or 32 bytes), fill(byte), both(x, y), either(x, y), select(mask, x, y)
 //     shift_left<n>, shift_right<n>    of bytes; what comes in from a neighbour is for the caller to mask off
 //     tail_bits<groups>(plane, g)      the bits of group g of a tail of 1 or 2 groups, lowest two of each byte
 //   Floats                       16 floats
@@ -14,11 +14,13 @@
 //   Quad                         sums of products of four groups, part of the way
 //     dot_quad<mode, groups>(codes, x) up to four groups of a row times x [groups * 64]; zero_quad
 //     join(q0, q1, q2, q3)             -> Ints: the sums of 16 groups
-//   kBlockRows, kBlocksAtOnce    the shape of the block kernel, without which FATE_BLOCK_KERNEL is not defined;
-//   kBlockMinTokens              from how many tokens it is the faster one, as measured
-//     dot_blocks<mode, n>(weights, pitch, x, dots)  one group of kBlockRows rows, `pitch` bytes apart, times n blocks
-//                                      of 16 tokens, x[b] [16][16 tokens][4 columns] -> dots[row][b], lanes = tokens
-//     store_transposed(rows, tile)     rows [kBlockRows] of 16 tokens -> tile[token][row]
+//   kBandVectors, kBandTokens    the shape of the band kernel, without which FATE_BAND_KERNEL is not defined: weight
+//                                rows in vectors of 16, and most tokens of one turn
+//   kBandMinTokens               from how many tokens it is the faster one, as measured
+//     transpose(rows)                  16 rows of 16 four-byte pieces, in place
+//     dot_band<mode, upper, n>(block, next, tokens, x, dots)   one group, block [16][kBandVectors * 16 rows][4 columns]
+//                                      of bytes or halves of bytes, times n tokens' codes from byte x on ->
+//                                      dots[token][vector], lanes = rows; `next` will be read after it
 //
 // Integer sums are exact and every float operation is one rounding in a given order, so all give the same bits.
 #pragma once
@@ -26,6 +28,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "activations.h"
 #include "layout.h"
 
 namespace fate {

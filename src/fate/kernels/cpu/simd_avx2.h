@@ -7,7 +7,7 @@
 
 #include <immintrin.h>
 
-#define FATE_BLOCK_KERNEL
+#define FATE_BAND_KERNEL
 
 namespace fate {
 namespace {
@@ -40,6 +40,11 @@ inline __m256i add_products(__m256i sums, __m256i codes, __m256i x) {
 inline __m256i load32(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 
 inline Codes load_codes(const uint8_t* at) { return {load32(at), load32(at + 32)}; }
+inline Codes load_codes(const uint8_t* at, int bytes) {
+    const __m256i none = _mm256_setzero_si256();
+    if (bytes == 16) return {_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))), none};
+    return {load32(at), none};
+}
 inline void store_codes(uint8_t* at, Codes codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), codes.low);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 32), codes.high);
@@ -143,63 +148,88 @@ inline __m256i join_two(Quad q0, Quad q1) {
 }
 inline Ints join(Quad q0, Quad q1, Quad q2, Quad q3) { return {join_two(q0, q1), join_two(q2, q3)}; }
 
-constexpr int kBlockRows = 4, kBlocksAtOnce = 1, kBlockMinTokens = kVnni ? 11 : 12;
+constexpr int kBandVectors = 1, kBandTokens = 4, kBandMinTokens = kVnni ? 8 : 24;
 
-inline __m256i load_four(const uint8_t* weights) {
-    int32_t four;
-    std::memcpy(&four, weights, 4);
-    return _mm256_set1_epi32(four);
-}
-
-template <Mode mode, int n>
-inline void dot_blocks(const uint8_t* weights, int64_t pitch, const int8_t* const* x, Ints dots[kBlockRows][n]) {
-    static_assert(n == 1);
+// A square of 8 times 8 dwords: first within 128-bit lanes, then the lanes themselves.
+inline void transpose_eight(const __m256i r[8], __m256i out[8]) {
+    __m256i fours[2][4];  // [rows 4q..4q+3][c]: column 4i + c in lane i
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; ++q) {
+        const __m256i lo01 = _mm256_unpacklo_epi32(r[4 * q], r[4 * q + 1]);
+        const __m256i hi01 = _mm256_unpackhi_epi32(r[4 * q], r[4 * q + 1]);
+        const __m256i lo23 = _mm256_unpacklo_epi32(r[4 * q + 2], r[4 * q + 3]);
+        const __m256i hi23 = _mm256_unpackhi_epi32(r[4 * q + 2], r[4 * q + 3]);
+        fours[q][0] = _mm256_unpacklo_epi64(lo01, lo23);
+        fours[q][1] = _mm256_unpackhi_epi64(lo01, lo23);
+        fours[q][2] = _mm256_unpacklo_epi64(hi01, hi23);
+        fours[q][3] = _mm256_unpackhi_epi64(hi01, hi23);
+    }
 #pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r) dots[r][0] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    if constexpr (kVnni || mode == Mode::kInt8) {
-        for (int four = 0; four < kGroup / 4; ++four) {
-            const __m256i low = load32(x[0] + four * 64), high = load32(x[0] + four * 64 + 32);
-#pragma GCC unroll 4
-            for (int r = 0; r < kBlockRows; ++r) {
-                const __m256i w = load_four(weights + r * pitch + four * 4);
-                dots[r][0] = {add_products(dots[r][0].low, w, low), add_products(dots[r][0].high, w, high)};
-            }
-        }
-    } else {
-        for (int half = 0; half < kGroup / 4; half += 8) {
-            __m256i pairs[kBlockRows][2];
-#pragma GCC unroll 4
-            for (int r = 0; r < kBlockRows; ++r) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
-            for (int four = half; four < half + 8; ++four) {
-                const __m256i low = load32(x[0] + four * 64), high = load32(x[0] + four * 64 + 32);
-#pragma GCC unroll 4
-                for (int r = 0; r < kBlockRows; ++r) {
-                    const __m256i w = load_four(weights + r * pitch + four * 4);
-                    pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(w, low));
-                    pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(w, high));
-                }
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < kBlockRows; ++r) {
-                const __m256i ones = _mm256_set1_epi16(1);
-                dots[r][0] = {_mm256_add_epi32(dots[r][0].low, _mm256_madd_epi16(pairs[r][0], ones)),
-                              _mm256_add_epi32(dots[r][0].high, _mm256_madd_epi16(pairs[r][1], ones))};
-            }
-        }
+    for (int c = 0; c < 4; ++c) {
+        out[c] = _mm256_permute2x128_si256(fours[0][c], fours[1][c], 0x20);
+        out[4 + c] = _mm256_permute2x128_si256(fours[0][c], fours[1][c], 0x31);
     }
 }
 
-inline void store_transposed(const Floats rows[kBlockRows], float* tile) {
+inline void transpose(Codes rows[kLanes]) {
+    __m256i in[2][8], out[2][8];  // [rows 0..7 and 8..15]
+    Codes columns[kLanes];
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-        const auto part = [&](int r) { return half == 0 ? rows[r].low : rows[r].high; };
-        const __m256 lo01 = _mm256_unpacklo_ps(part(0), part(1)), hi01 = _mm256_unpackhi_ps(part(0), part(1));
-        const __m256 lo23 = _mm256_unpacklo_ps(part(2), part(3)), hi23 = _mm256_unpackhi_ps(part(2), part(3));
-        const __m256 tokens[4] = {_mm256_shuffle_ps(lo01, lo23, 0x44), _mm256_shuffle_ps(lo01, lo23, 0xee),
-                                  _mm256_shuffle_ps(hi01, hi23, 0x44), _mm256_shuffle_ps(hi01, hi23, 0xee)};
-        for (int i = 0; i < 4; ++i) {
-            float* out = tile + (8 * half + i) * kTileRows;
-            _mm_storeu_ps(out, _mm256_castps256_ps128(tokens[i]));
-            _mm_storeu_ps(out + 4 * kTileRows, _mm256_extractf128_ps(tokens[i], 1));
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) in[r / 8][r % 8] = half == 0 ? rows[r].low : rows[r].high;
+        transpose_eight(in[0], out[0]);
+        transpose_eight(in[1], out[1]);
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; ++c) columns[8 * half + c] = {out[0][c], out[1][c]};
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < kLanes; ++c) rows[c] = columns[c];
+}
+
+inline __m256i load_four(const int8_t* activations) {
+    int32_t four;
+    std::memcpy(&four, activations, 4);
+    return _mm256_set1_epi32(four);
+}
+
+template <Mode mode, bool upper, int n>
+inline void dot_band(const uint8_t* block, const uint8_t* next, const TokenRow* tokens, int64_t x,
+                     Ints dots[n][kBandVectors]) {
+    const auto codes = [](const uint8_t* at) {
+        if constexpr (mode == Mode::kInt8) return load_codes(at);
+        return both(shift_right<upper ? 4 : 0>(load_codes(at)), fill(0x0f));
+    };
+    constexpr bool kInPairs = !kVnni && mode != Mode::kInt8;
+    constexpr int kTogether = kInPairs ? 8 : kGroup / 4;  // fours whose pairs fit
+    const __m256i none = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int t = 0; t < n; ++t) dots[t][0] = {none, none};
+    for (int first = 0; first < kGroup / 4; first += kTogether) {
+        Ints pairs[n];
+#pragma GCC unroll 4
+        for (int t = 0; t < n; ++t) pairs[t] = {none, none};
+        for (int four = first; four < first + kTogether; ++four) {
+            prefetch(next + four * 64);
+            const Codes w = codes(block + four * 64);
+#pragma GCC unroll 4
+            for (int t = 0; t < n; ++t) {
+                const __m256i own = load_four(tokens[t].codes + x + four * 4);
+                if constexpr (kInPairs) {
+                    pairs[t] = {_mm256_add_epi16(pairs[t].low, _mm256_maddubs_epi16(w.low, own)),
+                                _mm256_add_epi16(pairs[t].high, _mm256_maddubs_epi16(w.high, own))};
+                } else {
+                    dots[t][0] = {add_products(dots[t][0].low, w.low, own), add_products(dots[t][0].high, w.high, own)};
+                }
+            }
+        }
+        if constexpr (kInPairs) {
+            const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 4
+            for (int t = 0; t < n; ++t) {
+                dots[t][0] = {_mm256_add_epi32(dots[t][0].low, _mm256_madd_epi16(pairs[t].low, ones)),
+                              _mm256_add_epi32(dots[t][0].high, _mm256_madd_epi16(pairs[t].high, ones))};
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#define FATE_BLOCK_KERNEL
+#define FATE_BAND_KERNEL
 
 namespace fate {
 namespace {
@@ -29,6 +29,10 @@ inline Codes shift_right(Codes x) {
 }
 
 // The tail's bytes are repeated over the vector, and each 128-bit lane is shifted to the part that it holds of group g.
+inline Codes load_codes(const uint8_t* at, int bytes) {
+    return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - bytes), at);
+}
+
 template <int groups>
 inline Codes tail_bits(const uint8_t* plane, int g) {
     constexpr long long kTwos = 0x0002000200020002;
@@ -89,50 +93,63 @@ inline Ints join(Quad q0, Quad q1, Quad q2, Quad q3) {
     return _mm512_add_epi32(_mm512_shuffle_i32x4(half0, half1, 0x88), _mm512_shuffle_i32x4(half0, half1, 0xdd));
 }
 
-constexpr int kBlockRows = 8, kBlocksAtOnce = 2, kBlockMinTokens = 9;
+constexpr int kBandVectors = 2, kBandTokens = 8, kBandMinTokens = 4;
 
-// dots += u8 weights * s8 activations, in place: GCC copies the intrinsic's 16 live accumulators around every step.
+// A square of 16 times 16 dwords: first within 128-bit lanes, then the lanes themselves.
+inline void transpose(Codes rows[kLanes]) {
+    __m512i fours[4][4];  // [rows 4q..4q+3][c]: column 4i + c in lane i
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+        const Codes* r = rows + 4 * q;
+        const __m512i lo01 = _mm512_unpacklo_epi32(r[0], r[1]), hi01 = _mm512_unpackhi_epi32(r[0], r[1]);
+        const __m512i lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
+        fours[q][0] = _mm512_unpacklo_epi64(lo01, lo23);
+        fours[q][1] = _mm512_unpackhi_epi64(lo01, lo23);
+        fours[q][2] = _mm512_unpacklo_epi64(hi01, hi23);
+        fours[q][3] = _mm512_unpackhi_epi64(hi01, hi23);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const __m512i even01 = _mm512_shuffle_i32x4(fours[0][c], fours[1][c], 0x88);
+        const __m512i odd01 = _mm512_shuffle_i32x4(fours[0][c], fours[1][c], 0xdd);
+        const __m512i even23 = _mm512_shuffle_i32x4(fours[2][c], fours[3][c], 0x88);
+        const __m512i odd23 = _mm512_shuffle_i32x4(fours[2][c], fours[3][c], 0xdd);
+        rows[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+        rows[4 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+        rows[8 + c] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+        rows[12 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
+    }
+}
+
+// dots += u8 weights * s8 activations, in place: GCC copies the intrinsic's live accumulators around every step.
 inline void accumulate(__m512i& dots, __m512i weights, __m512i activations) {
     asm("vpdpbusd %2, %1, %0" : "+v"(dots) : "v"(weights), "v"(activations));
 }
 
-template <Mode mode, int n>
-inline void dot_blocks(const uint8_t* weights, int64_t pitch, const int8_t* const* x, Ints dots[kBlockRows][n]) {
+template <Mode mode, bool upper, int n>
+inline void dot_band(const uint8_t* block, const uint8_t* next, const TokenRow* tokens, int64_t x,
+                     Ints dots[n][kBandVectors]) {
+    const auto codes = [](const uint8_t* at) {
+        if constexpr (mode == Mode::kInt8) return load_codes(at);
+        return both(shift_right<upper ? 4 : 0>(load_codes(at)), fill(0x0f));
+    };
+    const int8_t* columns[n];
 #pragma GCC unroll 8
-    for (int r = 0; r < kBlockRows; ++r)
-#pragma GCC unroll 2
-        for (int b = 0; b < n; ++b) dots[r][b] = _mm512_setzero_si512();
-    for (int four = 0; four < kGroup / 4; ++four) {
-        __m512i columns[n];
-#pragma GCC unroll 2
-        for (int b = 0; b < n; ++b) {
-            columns[b] = load_codes(x[b] + four * 64);
-            prefetch(x[b] + kGroup * 16 + four * 64);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < kBlockRows; ++r) {
-            int32_t w;
-            std::memcpy(&w, weights + r * pitch + four * 4, 4);
-            const __m512i broadcast_weights = _mm512_set1_epi32(w);
-#pragma GCC unroll 2
-            for (int b = 0; b < n; ++b) accumulate(dots[r][b], broadcast_weights, columns[b]);
-        }
+    for (int t = 0; t < n; ++t) {
+        columns[t] = tokens[t].codes + x;
+        dots[t][0] = dots[t][1] = _mm512_setzero_si512();
     }
-}
-
-inline void store_transposed(const Floats rows[kBlockRows], float* tile) {
-    for (int half = 0; half < 2; ++half) {
-        const __m512* r = rows + 4 * half;
-        const __m512 lo01 = _mm512_unpacklo_ps(r[0], r[1]), hi01 = _mm512_unpackhi_ps(r[0], r[1]);
-        const __m512 lo23 = _mm512_unpacklo_ps(r[2], r[3]), hi23 = _mm512_unpackhi_ps(r[2], r[3]);
-        const __m512 tokens[4] = {_mm512_shuffle_ps(lo01, lo23, 0x44), _mm512_shuffle_ps(lo01, lo23, 0xee),
-                                  _mm512_shuffle_ps(hi01, hi23, 0x44), _mm512_shuffle_ps(hi01, hi23, 0xee)};
-        for (int i = 0; i < 4; ++i) {
-            float* out = tile + i * kTileRows + 4 * half;
-            _mm_storeu_ps(out, _mm512_extractf32x4_ps(tokens[i], 0));
-            _mm_storeu_ps(out + 4 * kTileRows, _mm512_extractf32x4_ps(tokens[i], 1));
-            _mm_storeu_ps(out + 8 * kTileRows, _mm512_extractf32x4_ps(tokens[i], 2));
-            _mm_storeu_ps(out + 12 * kTileRows, _mm512_extractf32x4_ps(tokens[i], 3));
+    for (int four = 0; four < kGroup / 4; ++four) {
+        prefetch(next + four * 128);
+        prefetch(next + four * 128 + 64);
+        const __m512i first = codes(block + four * 128), second = codes(block + four * 128 + 64);
+#pragma GCC unroll 8
+        for (int t = 0; t < n; ++t) {
+            int32_t own;
+            std::memcpy(&own, columns[t] + four * 4, 4);
+            const __m512i activations = _mm512_set1_epi32(own);
+            accumulate(dots[t][0], first, activations);
+            accumulate(dots[t][1], second, activations);
         }
     }
 }

@@ -1,13 +1,13 @@
 // NEON, with dot products (Armv8.2) or without: a group is four vectors. See simd.h.
 //
 // Both multiply signed bytes: codes of 4 bits are that already; codes of 8 bits, less 128, are, and 128 times the sum
-// of the activations is added again. Without dot products there is no block kernel: rows serve any number of tokens.
+// of the activations is added again. Without dot products there is no band kernel: rows serve any number of tokens.
 #pragma once
 
 #include <arm_neon.h>
 
 #if defined(__ARM_FEATURE_DOTPROD)
-#define FATE_BLOCK_KERNEL
+#define FATE_BAND_KERNEL
 #endif
 
 namespace fate {
@@ -32,6 +32,9 @@ inline V parts(F f) {
 
 inline Codes load_codes(const uint8_t* at) {
     return parts<Codes>([&](int p) { return vld1q_u8(at + 16 * p); });
+}
+inline Codes load_codes(const uint8_t* at, int bytes) {
+    return parts<Codes>([&](int p) { return 16 * p < bytes ? vld1q_u8(at + 16 * p) : vdupq_n_u8(0); });
 }
 inline void store_codes(uint8_t* at, Codes codes) {
     for (int p = 0; p < 4; ++p) vst1q_u8(at + 16 * p, codes.part[p]);
@@ -168,61 +171,72 @@ inline Quad dot_quad(const Codes codes[groups], const int8_t* x) {
 
 inline Ints join(Quad q0, Quad q1, Quad q2, Quad q3) { return {{q0, q1, q2, q3}}; }
 
-#if defined(FATE_BLOCK_KERNEL)
+#if defined(FATE_BAND_KERNEL)
 
-constexpr int kBlockRows = 4, kBlocksAtOnce = 1, kBlockMinTokens = 9;
+constexpr int kBandVectors = 1, kBandTokens = 4, kBandMinTokens = 8;
 
-// Four columns, number `lane` of the 16 in `w`, of 16 tokens.
-template <int lane>
-inline void add_products(Ints& sums, int8x16_t w, const Codes& x) {
-    sums = parts<Ints>([&](int p) { return vdotq_laneq_s32(sums.part[p], as_signed(x.part[p]), w, lane); });
-}
-
-template <Mode mode, int lane>
-inline void add_columns(const int8x16_t w[kBlockRows], const int8_t* x, Ints dots[kBlockRows][1], Ints& x_sums) {
-    const Codes columns = load_codes(reinterpret_cast<const uint8_t*>(x) + lane * 64);
-#pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r) add_products<lane>(dots[r][0], w[r], columns);
-    if constexpr (mode == Mode::kInt8) add_products<0>(x_sums, vdupq_n_s8(1), columns);
-}
-
-template <Mode mode, int n>
-inline void dot_blocks(const uint8_t* weights, int64_t pitch, const int8_t* const* x, Ints dots[kBlockRows][n]) {
-    static_assert(n == 1);
-    Ints x_sums = parts<Ints>([](int) { return vdupq_n_s32(0); });
-#pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r) dots[r][0] = x_sums;
-    for (int sixteen = 0; sixteen < kGroup / 16; ++sixteen) {
-        int8x16_t w[kBlockRows];
-#pragma GCC unroll 4
-        for (int r = 0; r < kBlockRows; ++r) {
-            const uint8x16_t codes = vld1q_u8(weights + r * pitch + sixteen * 16);
-            w[r] = mode == Mode::kInt8 ? less_128(codes) : as_signed(codes);
+// Squares of 4 times 4 words.
+inline void transpose(Codes rows[kLanes]) {
+    Codes columns[kLanes];
+    for (int q = 0; q < 4; ++q) {  // rows 4q..4q+3
+        for (int p = 0; p < 4; ++p) {
+            const auto part = [&](int r) { return vreinterpretq_u32_u8(rows[4 * q + r].part[p]); };
+            const uint32x4x2_t pair01 = vtrnq_u32(part(0), part(1)), pair23 = vtrnq_u32(part(2), part(3));
+            for (int i = 0; i < 2; ++i) {
+                const uint32x4_t x = pair01.val[i], y = pair23.val[i];
+                columns[4 * p + i].part[q] = vreinterpretq_u8_u32(vcombine_u32(vget_low_u32(x), vget_low_u32(y)));
+                columns[4 * p + 2 + i].part[q] = vreinterpretq_u8_u32(vcombine_u32(vget_high_u32(x), vget_high_u32(y)));
+            }
         }
-        const int8_t* from = x[0] + sixteen * 4 * 64;
-        add_columns<mode, 0>(w, from, dots, x_sums);
-        add_columns<mode, 1>(w, from, dots, x_sums);
-        add_columns<mode, 2>(w, from, dots, x_sums);
-        add_columns<mode, 3>(w, from, dots, x_sums);
+    }
+    for (int c = 0; c < kLanes; ++c) rows[c] = columns[c];
+}
+
+// Four columns of 16 rows times those of a token, number `lane` of the 16 in `own`.
+template <int lane>
+inline void add_products(Ints& sums, const Codes& w, int8x16_t own) {
+    sums = parts<Ints>([&](int p) { return vdotq_laneq_s32(sums.part[p], as_signed(w.part[p]), own, lane); });
+}
+
+template <Mode mode, bool upper, int lane, int n>
+inline void add_four(const uint8_t* block, const int8x16_t own[n], Ints dots[n][kBandVectors]) {
+    Codes w = load_codes(block + lane * 64);
+    if constexpr (mode == Mode::kInt8) {
+        w = parts<Codes>([&](int p) { return vreinterpretq_u8_s8(less_128(w.part[p])); });
+    } else {
+        w = upper ? shift_right<4>(w) : both(w, fill(0x0f));
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < n; ++t) add_products<lane>(dots[t][0], w, own[t]);
+}
+
+template <Mode mode, bool upper, int n>
+inline void dot_band(const uint8_t* block, const uint8_t* next, const TokenRow* tokens, int64_t x,
+                     Ints dots[n][kBandVectors]) {
+    int32x4_t x_sums[n];
+#pragma GCC unroll 4
+    for (int t = 0; t < n; ++t) {
+        x_sums[t] = vdupq_n_s32(0);
+        dots[t][0] = parts<Ints>([](int) { return vdupq_n_s32(0); });
+    }
+    for (int sixteen = 0; sixteen < kGroup / 16; ++sixteen, block += 256, next += 256) {
+        int8x16_t own[n];
+#pragma GCC unroll 4
+        for (int t = 0; t < n; ++t) {
+            prefetch(next + t * 64);
+            own[t] = vld1q_s8(tokens[t].codes + x + sixteen * 16);
+            if constexpr (mode == Mode::kInt8) x_sums[t] = vdotq_s32(x_sums[t], vdupq_n_s8(1), own[t]);
+        }
+        add_four<mode, upper, 0, n>(block, own, dots);
+        add_four<mode, upper, 1, n>(block, own, dots);
+        add_four<mode, upper, 2, n>(block, own, dots);
+        add_four<mode, upper, 3, n>(block, own, dots);
     }
     if constexpr (mode == Mode::kInt8) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kBlockRows; ++r) {
-            const Ints own = dots[r][0];
-            dots[r][0] =
-                parts<Ints>([&](int p) { return vaddq_s32(own.part[p], vshlq_n_s32(x_sums.part[p], 7)); });
-        }
-    }
-}
-
-inline void store_transposed(const Floats rows[kBlockRows], float* tile) {
-    for (int p = 0; p < 4; ++p) {
-        const float32x4x2_t pair01 = vtrnq_f32(rows[0].part[p], rows[1].part[p]);
-        const float32x4x2_t pair23 = vtrnq_f32(rows[2].part[p], rows[3].part[p]);
-        for (int i = 0; i < 2; ++i) {
-            float* out = tile + (4 * p + i) * kTileRows;
-            vst1q_f32(out, vcombine_f32(vget_low_f32(pair01.val[i]), vget_low_f32(pair23.val[i])));
-            vst1q_f32(out + 2 * kTileRows, vcombine_f32(vget_high_f32(pair01.val[i]), vget_high_f32(pair23.val[i])));
+        for (int t = 0; t < n; ++t) {
+            const int32x4_t more = vdupq_n_s32(128 * vaddvq_s32(x_sums[t]));
+            dots[t][0] = parts<Ints>([&](int p) { return vaddq_s32(dots[t][0].part[p], more); });
         }
     }
 }

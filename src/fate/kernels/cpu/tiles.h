@@ -1,7 +1,7 @@
 // Tile kernels: up to kTileRows weight rows times some tokens, into a float32 tile [tokens][kTileRows].
 //
 // One output is always computed by the same sequence of float operations, whatever the tile, so results do not depend
-// on which tokens share a call, on threads, on which of the two token forms is used or on the instruction set:
+// on which tokens share a call, on threads, on which of the two kernels is used or on the instruction set:
 //
 //   lane[j] = 0; for g = j, j + 16, ...:  lane[j] = fma(dot_g, a_g * scale_g, lane[j])     (dot_g: exact int32)
 //                                         lane[j] = fma(b_g, sum_g, lane[j])
@@ -19,15 +19,22 @@ namespace fate {
 
 struct TileKernels {
     const char* name;
-    // Tokens from which the block form pays, or a number no call reaches where there is no block kernel.
-    int block_min_tokens;
+    // Tokens from which bands pay, or a number no call reaches where there is no band kernel.
+    int band_min_tokens;
+    // Weight rows of a band: fewer take as long.
+    int band_rows;
     // Bytes of scratch a kernel needs per thread for a matrix of `groups` groups.
     int64_t (*scratch_bytes)(int groups);
-    // Tokens in row form: n rows -> tile rows 0..n-1.
+    // Rows row..row+count-1 times n tokens -> tile[token][row], row by row.
     void (*rows)(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile, void* scratch);
-    // Tokens in block form: blocks first..first+n-1 -> tile rows 0..16n-1.
-    void (*blocks)(const Matrix& matrix, int row, int count, const TokenBlocks& tokens, int first, int n, float* tile,
-                   void* scratch);
+    // The same in bands of rows; null: none. Writes to a tile's rows beyond `count` too.
+    void (*bands)(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile, void* scratch);
+
+    bool banded(int n) const { return n >= band_min_tokens; }
+    void multiply(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile,
+                  void* scratch) const {
+        (banded(n) ? bands : rows)(matrix, row, count, tokens, n, tile, scratch);
+    }
 };
 
 // The kernels in use: the fastest that this processor runs, until others are selected.

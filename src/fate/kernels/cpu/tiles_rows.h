@@ -1,4 +1,4 @@
-// Decode: tokens in row form. A vector holds the 64 columns of one group; the partial dot products of each of 16 groups
+// Few tokens, row by row. A vector holds the 64 columns of one group; the partial dot products of each of 16 groups
 // are transposed and added, which leaves one vector of 16 exact group sums, lanes = groups.
 #pragma once
 

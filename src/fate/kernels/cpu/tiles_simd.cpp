@@ -2,17 +2,17 @@
 // constant to define, and FATE_TILES_NAME.
 #include "simd.h"
 #include "tiles_rows.h"
-#if defined(FATE_BLOCK_KERNEL)
-#include "tiles_blocks.h"
+#if defined(FATE_BAND_KERNEL)
+#include "tiles_bands.h"
 #endif
 
 namespace fate {
 
-#if defined(FATE_BLOCK_KERNEL)
-const TileKernels FATE_TILES = {FATE_TILES_NAME, kBlockMinTokens, band_bytes, simd_rows, simd_blocks};
+#if defined(FATE_BAND_KERNEL)
+const TileKernels FATE_TILES = {FATE_TILES_NAME, kBandMinTokens, kBandRows, band_bytes, simd_rows, simd_bands};
 #else
 static int64_t no_scratch(int) { return 0; }
-const TileKernels FATE_TILES = {FATE_TILES_NAME, INT32_MAX, no_scratch, simd_rows, nullptr};
+const TileKernels FATE_TILES = {FATE_TILES_NAME, INT32_MAX, 1, no_scratch, simd_rows, nullptr};
 #endif
 
 }  // namespace fate

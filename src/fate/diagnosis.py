@@ -18,6 +18,7 @@ from fate import kernels
 from fate.errors import UsageError
 from fate.kernels import native
 from fate.memory import MIB, available_bytes, cgroup_limit_bytes, format_bytes
+from fate.store.files import anonymous_memory
 
 _PACKAGES = ("fate-moe", "torch", "transformers", "safetensors", "huggingface_hub", "hqq")
 _FUSED = (
@@ -54,9 +55,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def memory_read_gb_per_s(size: int = 256 * MIB, repeats: int = 5) -> float:
-    """Best of a few sums over memory far larger than the caches, all threads."""
-    data = torch.ones(size // 8, dtype=torch.int64)
+def memory_read_gb_per_s(size: int = 512 * MIB, repeats: int = 5) -> float:
+    """Best of a few sums over memory far larger than the caches, in large pages as weights are, all threads."""
+    data = torch.frombuffer(anonymous_memory(size), dtype=torch.int64).fill_(1)
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()

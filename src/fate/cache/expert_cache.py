@@ -17,7 +17,7 @@ Owns no bytes, no threads, no clock; every call is made under the owner's lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -80,6 +80,16 @@ class ExpertCache(Generic[T]):
 
     def lookup(self, key: ExpertKey) -> Entry[T] | None:
         return self._entries.get(key)
+
+    def whole(self, layer: int, experts: Iterable[int]) -> list[Entry[T]] | None:
+        """Their entries, if every one is cached, read whole and not being read; changes nothing."""
+        cached, found = self._cached[layer], []
+        for expert in experts:
+            entry = cached.get(expert)
+            if entry is None or entry.transfer is not None or entry.precision is not Precision.FULL:
+                return None
+            found.append(entry)
+        return found
 
     def touch(self, entry: Entry[T]) -> None:
         """A cached expert was accessed."""
@@ -152,6 +162,11 @@ class ExpertCache(Generic[T]):
         """A new sequence starts."""
         for policy in self._policies:
             policy.begin_request()
+
+    @property
+    def num_all_cached(self) -> int:
+        """How many experts all layers cache."""
+        return len(self._entries) - len(self._staged)
 
     def num_cached(self, layer: int) -> int:
         """How many experts `layer` caches, landed or not; staged ones are not among them."""

@@ -118,7 +118,7 @@ class LayerRuntime:
 
     def _predict(self, routing: Routing, gate_input: torch.Tensor | None) -> None:
         """After this layer's demands are queued, before its experts compute."""
-        if not self._switch.on:
+        if not self._switch.on or self.manager.all_cached:
             return
         start = time.perf_counter()
         self.manager.guess(self._predictor.predict(routing, gate_input), routing.tokens)

@@ -29,6 +29,7 @@ class Lease:
         self.routing = routing
         self._m = manager
         self._wanted: Mapping[int, Precision] = {}
+        self._whole: list[Slot] | None = None  # all of them, if nothing is to be read
         self._ready: list[Slot] = []
         self._waiting: list[Slot] = []
         self._overflow: deque[ExpertKey] = deque()
@@ -36,6 +37,9 @@ class Lease:
     def open(self) -> None:
         """Pin what is resident and demand the rest, the most popular first; the manager calls this."""
         m, routing = self._m, self.routing
+        self._whole = m.take_whole(routing)
+        if self._whole is not None:
+            return
         evictions = m.cache.evictions
         m.expire(routing)
         found = {expert: entry for expert in routing.experts if (entry := self._resident(expert)) is not None}
@@ -62,6 +66,10 @@ class Lease:
             self._m.end(self)
 
     def __iter__(self) -> Iterator[list[Slot]]:
+        if self._whole is not None:
+            yield self._whole
+            self._m.pump()
+            return
         if self._ready:
             yield self._ready
             self._release(self._ready)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -46,6 +46,9 @@ class ExpertManager:
         scheduler: TransferScheduler,
         precision: PrecisionPolicy,
     ) -> None:
+        from fate.runtime.lease import Lease  # it needs us
+
+        self._lease_type = Lease
         self.header = header
         self.cache = cache
         self.scheduler = scheduler
@@ -61,7 +64,8 @@ class ExpertManager:
         self.link_load = 0.0  # share of the last decoding steps in which the link was busy
         self._step_began: tuple[float, float] | None = None  # when, and the link's busy seconds by then
         self._closed = self._interrupted = False
-        self._seen: set[ExpertKey] = set()
+        self._seen: list[set[int]] = [set() for _ in range(num_layers)]  # experts ever accessed
+        self._num_experts = sum(layer.num_experts for layer in header.layers)
         self._named: dict[int, set[int]] = {}  # experts named for a layer since it last ran
         self._ranking: dict[int, tuple[int, ...]] = {}  # the last word on it
         self._wishes: dict[int, dict[int, float]] = {}  # layer -> expert -> confidence: to be staged
@@ -95,6 +99,11 @@ class ExpertManager:
         """Whether `layer` has experts that are not cached: only then is a guess worth making."""
         return self.cache.num_cached(layer) < self.header.layers[layer].num_experts
 
+    @property
+    def all_cached(self) -> bool:
+        """Whether there is nothing left that could be guessed."""
+        return self.cache.num_all_cached == self._num_experts
+
     def close(self) -> None:
         """Stop the transfers once no lease is in use; later leases raise ClosedError."""
         with self.lock:
@@ -103,8 +112,6 @@ class ExpertManager:
 
     def begin(self, routing: Routing) -> Lease:
         """Open a lease on the experts of `routing`, from an empty cache if the last one did not end well."""
-        from fate.runtime.lease import Lease  # it needs us
-
         if self._closed:
             raise ClosedError()
         if not self.sound:
@@ -112,11 +119,25 @@ class ExpertManager:
             self._draining.clear()
             self._forget_guesses()
             self.cache.clear()
-        lease = self.lease = Lease(self, routing)
+        lease = self.lease = self._lease_type(self, routing)
         self._interrupted = False
         self.reap()
         lease.open()
         return lease
+
+    def take_whole(self, routing: Routing) -> list[Slot] | None:
+        """The entries of a layer whose experts are all cached whole, accessed by this; None, and nothing is changed,
+        for any other. Under the lock nothing is evicted or read until the lease has ended, so nothing is pinned."""
+        entries = self.cache.whole(routing.layer, routing.experts)
+        if entries is not None:
+            self.expire(routing)
+            for entry in reversed(entries):  # so that the most popular is the most recent
+                self.cache.touch(entry)
+            s = self.stats[routing.layer]
+            self._count_words(routing, s)
+            s.accesses += len(entries)
+            s.hits += len(entries)
+        return entries
 
     def end(self, lease: Lease) -> None:
         """The lease ended well."""
@@ -322,17 +343,10 @@ class ExpertManager:
     def count_accesses(self, routing: Routing, found: dict[int, Slot], wanted: Sequence[Precision]) -> None:
         """One access per expert of `routing`; `found`: those resident, landed or not, when the layer asked."""
         s = self.stats[routing.layer]
-        named = self._named.pop(routing.layer, frozenset[int]())
-        first_k = self._ranking.pop(routing.layer, ())[: len(routing.experts)]
-        if named:
-            s.asked += len(routing.experts)
-            s.recalled += sum(expert in first_k for expert in routing.experts)
+        named = self._count_words(routing, s)
         for expert, precision in zip(routing.experts, wanted, strict=True):
-            key, entry = ExpertKey(routing.layer, expert), found.get(expert)
+            entry = found.get(expert)
             s.accesses += 1
-            if key not in self._seen:
-                self._seen.add(key)
-                s.first_accesses += 1
             enough = entry is not None and entry.precision is not None and entry.precision >= precision
             s.hits += enough
             if entry is not None and not entry.prefetched:
@@ -343,6 +357,19 @@ class ExpertManager:
                 s.prefetch_hits += enough
                 s.late_prefetches += not enough
                 s.prefetch_used_bytes += self._guessed_bytes(entry, precision)
+
+    def _count_words(self, routing: Routing, s: StepStats) -> Collection[int]:
+        """What the predictor had named for the layer, and what is accessed for the first time."""
+        seen = self._seen[routing.layer]
+        if not seen.issuperset(routing.experts):
+            s.first_accesses += len(set(routing.experts) - seen)
+            seen.update(routing.experts)
+        named = self._named.pop(routing.layer, frozenset[int]())
+        first_k = self._ranking.pop(routing.layer, ())[: len(routing.experts)]
+        if named:
+            s.asked += len(routing.experts)
+            s.recalled += sum(expert in first_k for expert in routing.experts)
+        return named
 
     def _guessed_bytes(self, entry: Slot, wanted: Precision) -> int:
         """What of a guess had been read before a layer was known to want it."""

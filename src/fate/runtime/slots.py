@@ -7,6 +7,8 @@ import mmap
 
 import torch
 
+from fate.store.files import anonymous_memory
+
 
 class SlotPool:
     """`num_slots` slots of `slot_bytes` (a multiple of the page size) in one anonymous mapping.
@@ -17,9 +19,7 @@ class SlotPool:
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
-        self._map = mmap.mmap(-1, num_slots * slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE") and slot_bytes >= 1 << 20:
-            self._map.madvise(mmap.MADV_HUGEPAGE)  # fewer TLB misses; refused silently where not configured
+        self._map = anonymous_memory(num_slots * slot_bytes, large_pages=slot_bytes >= 1 << 20)
         self._view = memoryview(self._map)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
 

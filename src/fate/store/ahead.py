@@ -24,7 +24,7 @@ from types import TracebackType
 import xxhash
 
 from fate.errors import StoreError, UsageError
-from fate.store.files import PACKED_FILE, check_tensor, open_direct, read_checksums
+from fate.store.files import PACKED_FILE, anonymous_memory, check_tensor, open_direct, read_checksums
 from fate.store.format import PAGE_BYTES, align_up
 
 CHUNK_BYTES = 32 << 20  # a thread that wants the interpreter back while others import waits milliseconds each time
@@ -108,7 +108,7 @@ class DenseWeights:
             size = max((end for _, _, end in tensors), default=0)
             if first + size > os.fstat(fd).st_size:
                 raise StoreError(f"{file} is cut short: convert the checkpoint again")
-            memory = self._memory = mmap.mmap(-1, max(align_up(size, PAGE_BYTES), PAGE_BYTES))
+            memory = self._memory = anonymous_memory(max(align_up(size, PAGE_BYTES), PAGE_BYTES))
             with memoryview(memory) as view:
                 waiting, done = iter(tensors), 0
                 tensor = next(waiting, None)

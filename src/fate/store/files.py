@@ -10,6 +10,7 @@ import errno
 import json
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def open_direct(file: Path) -> tuple[int, bool]:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise StoreError(f"{file} cannot be opened: {error.strerror}") from None
     return os.open(file, os.O_RDONLY), False
+
+
+def anonymous_memory(size: int, *, large_pages: bool = True) -> mmap.mmap:
+    """`size` bytes of zeros that begin on a page, resident once they are written; large_pages: where the system has
+    them, which is read a sixth faster (fewer TLB misses)."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _probe_direct(fd: int) -> None:

@@ -7,7 +7,6 @@ one transfer after the other. Which bytes move, and when they may be used, is re
 from __future__ import annotations
 
 import ctypes
-import mmap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from fate.core import ExpertKey
 from fate.errors import LinkMemoryError
 from fate.kernels import native
 from fate.memory import available_bytes, resident_bytes
+from fate.store.files import anonymous_memory
 from fate.store.reader import StoreReader
 from fate.transfer.link import Link
 from fate.transfer.scheduler import Progress
@@ -39,9 +39,7 @@ class MemoryRecords:
         free = available_bytes() - resident_bytes()
         if self.num_bytes > free:
             raise LinkMemoryError(self.num_bytes, free)
-        memory = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = anonymous_memory(self.num_bytes)
         self._view = memoryview(memory)
         self._fill(reader, progress)
         self.data = np.frombuffer(memory, dtype=np.uint8)

@@ -154,12 +154,13 @@ class MemoryPlan:
 
 
 def make_plan(budget: int, envelope: Envelope, needs: Needs, max_experts: int | None = None) -> MemoryPlan:
-    """Give every slot the budget allows (at most `max_experts` of them); raises BudgetTooSmallError."""
+    """Give every slot the budget allows; raises BudgetTooSmallError. max_experts: that many slots at most, or, where
+    those are all experts, what holds them for good."""
     slots = (budget - needs.fixed) // needs.slot
     if slots < needs.min_slots:
         fixed = f"{format_bytes(needs.fixed)} outside the experts, {needs.min_slots} expert slots at least"
         raise BudgetTooSmallError(budget, needs.smallest, fixed)
-    if max_experts is not None:
+    if max_experts is not None and max_experts < needs.total_experts:
         slots = min(slots, max(max_experts, needs.min_slots))
     return MemoryPlan(budget, envelope, needs, min(slots, needs.max_slots))
 

@@ -69,6 +69,7 @@ def peers_bench(
     ids = _ids(store, text, settings.max_context)
     with byte_progress("writing") as bar:
         folder = files or store.parent
+        folder.mkdir(parents=True, exist_ok=True)
         written = [write_gguf(store, folder / f"{store.stem}.{form}.gguf", form, bar) for form in chosen]
     comparison = Comparison(store, written, python, ids, settings)
     with err.status("measuring the memory"):

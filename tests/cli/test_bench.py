@@ -190,13 +190,14 @@ def test_peers(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("fate.diagnosis.memory_read_gb_per_s", lambda: 20.0)
     wide = {"hidden_size": 128, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
     store = tiny_store(FAMILY, dense_bits=4, num_hidden_layers=2, **wide)
-    argv = ("--budgets", "resident,1GiB", "--files", tmp_path, "--threads", 2, "--json", "-")
+    folder = tmp_path / "made" / "for it"
+    argv = ("--budgets", "resident,1GiB", "--files", folder, "--threads", 2, "--json", "-")
     result = cli("bench", "peers", store, *argv)
     assert result.code == 0, result.err
     assert re.search(r"^1GiB +decode +tokens/s +3\.00 .* 1\.00 .* +3\.00$", result.out, re.M)
     assert "q4_0 repacked at resident: it fell over" in result.out
     assert result.json["rows"][0]["ratio"] == 3.0
-    assert {path.name for path in tmp_path.glob("*.gguf")} == {f"{store.stem}.q4_1.gguf", f"{store.stem}.q4_0.gguf"}
+    assert {path.name for path in folder.glob("*.gguf")} == {f"{store.stem}.q4_1.gguf", f"{store.stem}.q4_0.gguf"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "layout.h"
@@ -141,6 +142,33 @@ inline void fill(Random& random, uint8_t* high, uint8_t* affine, uint8_t* low, i
         }
     }
 }
+
+// Readable bytes before the scales, as in every record (its planes): the kernels may read 14 of them (see simd.h).
+inline constexpr int64_t kBefore = 64;
+
+// A matrix whose three sections lie in buffers of their own.
+struct Packed {
+    Exact high, affine, low;
+    fate::Matrix matrix;
+
+    Packed(Random& random, int rows, int cols, const std::string& planted)
+        : Packed(random, rows, cols, random.one_of({fate::Mode::kInt4, fate::Mode::kInt2, fate::Mode::kInt8}),
+                 planted) {}
+
+    Packed(Random& random, int rows, int cols, fate::Mode mode, const std::string& planted)
+        : high(sections_of(rows, cols, mode == fate::Mode::kInt8).high - (planted == "high" ? 1 : 0)),
+          affine(kBefore + sections_of(rows, cols, mode == fate::Mode::kInt8).affine - (planted == "affine" ? 4 : 0)),
+          low(mode == fate::Mode::kInt4 ? sections_of(rows, cols, false).low - (planted == "low" ? 1 : 0) : 0),
+          matrix{high.as(), mode == fate::Mode::kInt4 ? low.as() : nullptr, scales(), rows, cols,
+                 static_cast<int>(groups_of(cols)), 1.0f / std::sqrt(static_cast<float>(cols)), mode} {
+        if (!planted.empty()) return;  // what the kernel would read, this would write
+        Exact unread(mode == fate::Mode::kInt2 ? sections_of(rows, cols, false).low : 0);
+        fill(random, high.as(), affine.as() + kBefore, mode == fate::Mode::kInt4 ? low.as() : unread.as(), rows, cols,
+             mode == fate::Mode::kInt8);
+    }
+
+    const uint16_t* scales() const { return reinterpret_cast<const uint16_t*>(affine.as() + kBefore); }
+};
 
 // Weight (row, col) as the format's specification has it.
 inline double weight(const fate::Matrix& m, int64_t row, int64_t col) {

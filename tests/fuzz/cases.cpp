@@ -22,32 +22,6 @@ int any_tokens(Random& random) {
     return static_cast<int>(random.chance(0.9) ? random.in(1, 70) : random.in(100, 600));
 }
 
-// Readable bytes before the scales, as in every record (its planes): the kernels may read 14 of them (see simd.h).
-constexpr int64_t kBefore = 64;
-
-// A matrix whose three sections lie in buffers of their own.
-struct Packed {
-    Exact high, affine, low;
-    Matrix matrix;
-
-    Packed(Random& random, int rows, int cols, const std::string& planted)
-        : Packed(random, rows, cols, random.one_of({Mode::kInt4, Mode::kInt2, Mode::kInt8}), planted) {}
-
-    Packed(Random& random, int rows, int cols, Mode mode, const std::string& planted)
-        : high(sections_of(rows, cols, mode == Mode::kInt8).high - (planted == "high" ? 1 : 0)),
-          affine(kBefore + sections_of(rows, cols, mode == Mode::kInt8).affine - (planted == "affine" ? 4 : 0)),
-          low(mode == Mode::kInt4 ? sections_of(rows, cols, false).low - (planted == "low" ? 1 : 0) : 0),
-          matrix{high.as(), mode == Mode::kInt4 ? low.as() : nullptr, scales(), rows, cols,
-                 static_cast<int>(groups_of(cols)), 1.0f / std::sqrt(static_cast<float>(cols)), mode} {
-        if (!planted.empty()) return;  // what the kernel would read, this would write
-        const bool int8 = mode == Mode::kInt8;
-        Exact unread(mode == Mode::kInt2 ? sections_of(rows, cols, false).low : 0);
-        fill(random, high.as(), affine.as() + kBefore, mode == Mode::kInt4 ? low.as() : unread.as(), rows, cols, int8);
-    }
-
-    const uint16_t* scales() const { return reinterpret_cast<const uint16_t*>(affine.as() + kBefore); }
-};
-
 std::vector<float> floats_of(const Exact& x, int64_t first, int64_t count, DType dtype) {
     std::vector<float> values(count);
     for (int64_t i = 0; i < count; ++i) values[i] = get(x.as(), first + i, dtype);

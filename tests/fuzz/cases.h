@@ -15,5 +15,7 @@ void attend(Random& random, const std::string& planted);
 void quantize(Random& random, const std::string& planted);
 void rank(Random& random, const std::string& planted);
 void copy(Random& random, const std::string& planted);
+void layer(Random& random, const std::string& planted);
+void gated(Random& random, const std::string& planted);
 
 }  // namespace fuzz

@@ -14,12 +14,13 @@ using Case = void (*)(fuzz::Random&, const std::string& planted);
 struct Kind {
     const char* name;
     Case run;
-    int share;  // of 20 rounds
+    int share;  // of all rounds
 };
 
 const Kind kKinds[] = {{"linear", fuzz::linear, 5},     {"experts", fuzz::experts, 6}, {"gather", fuzz::gather, 2},
                        {"reduce", fuzz::reduce, 2},     {"attend", fuzz::attend, 2},   {"quantize", fuzz::quantize, 1},
-                       {"rank", fuzz::rank, 1},         {"copy", fuzz::copy, 1}};
+                       {"rank", fuzz::rank, 1},         {"copy", fuzz::copy, 1},       {"layer", fuzz::layer, 2},
+                       {"gated", fuzz::gated, 1}};
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> found;
@@ -40,12 +41,14 @@ int plant(const std::string& what) {
 int run(uint64_t rounds, uint64_t seed) {
     const std::vector<std::string> sets = instruction_sets();
     std::vector<uint64_t> calls(std::size(kKinds)), of_set(sets.size());
+    int64_t shares = 0;
+    for (const Kind& kind : kKinds) shares += kind.share;
     for (uint64_t round = seed; round < seed + rounds; ++round) {
         fuzz::Random random{std::mt19937_64(round)};
         fuzz::g_guarded = random.chance(0.5);
         const size_t set = random.in(0, static_cast<int64_t>(sets.size()) - 1);
         fate::select_tile_kernels(sets[set].c_str());
-        int64_t choice = random.in(0, 19);
+        int64_t choice = random.in(0, shares - 1);
         size_t kind = 0;
         while (choice >= kKinds[kind].share) choice -= kKinds[kind++].share;
         std::snprintf(fuzz::g_round, sizeof fuzz::g_round, "seed %llu (%s, %s)",

@@ -57,6 +57,7 @@ def _version(package: str) -> str:
 
 def memory_read_gb_per_s(size: int = 512 * MIB, repeats: int = 5) -> float:
     """Best of a few sums over memory far larger than the caches, in large pages as weights are, all threads."""
+    size = min(size, max(available_bytes() // 4 // MIB, 64) * MIB)
     data = torch.frombuffer(anonymous_memory(size), dtype=torch.int64).fill_(1)
     best = float("inf")
     for _ in range(repeats):

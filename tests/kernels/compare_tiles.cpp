@@ -1,6 +1,6 @@
 // Compares the tile kernels of every instruction set that the processor has with the portable ones, bit for bit, at
 // shapes with every tail of the packing. Prints what was compared, a name a line; exits with 1 at a difference. What
-// the kernels read ends where an unreadable page begins.
+// the kernels read, and their scratch and tile, end where an unreadable page begins.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -52,12 +52,12 @@ using Multiply = decltype(TileKernels::rows);
 
 std::vector<float> tile_of(const TileKernels& kernels, Multiply multiply, const Matrix& matrix, int row, int count,
                            const std::vector<TokenRow>& tokens) {
-    std::vector<float> tile(kTileFloats, 0.0f);
-    std::vector<char> scratch(kernels.scratch_bytes(matrix.groups) + 1);
-    multiply(matrix, row, count, tokens.data(), static_cast<int>(tokens.size()), tile.data(), scratch.data());
+    const Guarded tile(kTileFloats * sizeof(float)), scratch(kernels.scratch_bytes(matrix.groups));
+    multiply(matrix, row, count, tokens.data(), static_cast<int>(tokens.size()), tile.as<float>(), scratch.as<void>());
     std::vector<float> values;
     for (size_t t = 0; t < tokens.size(); ++t) {
-        values.insert(values.end(), tile.begin() + t * kTileRows, tile.begin() + t * kTileRows + count);
+        const float* of_token = tile.as<float>() + t * kTileRows;
+        values.insert(values.end(), of_token, of_token + count);
     }
     return values;
 }

@@ -86,3 +86,20 @@ def test_where_all_is_cached_nothing_is_predicted():
         asked.clear()
         model(torch.arange(12)[None])
         assert not asked
+
+
+def test_a_router_that_chooses_nobody():
+    """As where all chosen are experts that compute nothing (LongCat's), in a token of its own and among others."""
+    with fate.load(tiny_store("qwen2_moe"), experts="100%") as model, torch.inference_mode():
+        model(torch.arange(12)[None])
+        layer = next(m.fate_layer for m in model.modules() if hasattr(m, "fate_layer"))
+        manager = layer.manager
+        with manager.lock, manager.begin(Routing(0, {})) as lease:
+            assert list(lease) == []
+        hidden = manager.header.layout(0).matrices[0].cols
+        for tokens in (1, 3):
+            x = torch.ones(tokens, hidden, dtype=model.dtype)
+            index, weights = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2, dtype=model.dtype)
+            assert not layer.forward(x, index, weights).any()
+            assert not layer.forward(x, index + layer._num_experts, weights + 1).any()
+        assert manager.sound

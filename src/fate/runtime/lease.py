@@ -67,7 +67,8 @@ class Lease:
 
     def __iter__(self) -> Iterator[list[Slot]]:
         if self._whole is not None:
-            yield self._whole
+            if self._whole:  # a router may choose nobody
+                yield self._whole
             self._m.pump()
             return
         if self._ready:

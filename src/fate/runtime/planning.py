@@ -151,7 +151,8 @@ def _buffer_bytes(model: PreTrainedModel, header: StoreHeader, envelope: Envelop
         mask += heads * tokens * envelope.max_context * (item + 4)  # scores, and their softmax in float32
     logits = envelope.logit_rows * config.vocab_size * (item + 2 * 4)
     scratch = max(m.weights for layer in header.layers for m in layer.matrices) * 4 if header.codec[0] != "i" else 0
-    kernel = _kernel_scratch(tokens, config.hidden_size, header)
+    inputs = (m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear))
+    kernel = _kernel_scratch(tokens, config.hidden_size, max(inputs, default=config.hidden_size), header)
     return expert_rows + hidden + expanded + mask + logits + scratch + kernel
 
 
@@ -162,9 +163,9 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return max(latent, own, getattr(config, "v_head_dim", None) or 0)
 
 
-def _kernel_scratch(tokens: int, hidden: int, header: StoreHeader) -> int:
+def _kernel_scratch(tokens: int, hidden: int, widest_input: int, header: StoreHeader) -> int:
     """The CPU kernels' buffers: int8 activations with their scales; of 512 pairs at a time the intermediate rows too,
     as floats and quantized twice; and each thread's unpacked weight rows and tiles."""
     intermediate = max(m.cols for layer in header.layers for m in layer.matrices)
-    each_thread = 40 * max(hidden, intermediate) + 80_000
+    each_thread = 40 * max(hidden, intermediate, widest_input) + 80_000
     return int(tokens * (1.13 * hidden + 64) + 512 * (6.3 * intermediate + 256)) + threads.count() * each_thread

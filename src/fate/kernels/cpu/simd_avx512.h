@@ -28,11 +28,11 @@ inline Codes shift_right(Codes x) {
     return _mm512_srli_epi16(x, n);
 }
 
-// The tail's bytes are repeated over the vector, and each 128-bit lane is shifted to the part that it holds of group g.
 inline Codes load_codes(const uint8_t* at, int bytes) {
     return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - bytes), at);
 }
 
+// The tail's bytes are repeated over the vector, and each 128-bit lane is shifted to the part that it holds of group g.
 template <int groups>
 inline Codes tail_bits(const uint8_t* plane, int g) {
     constexpr long long kTwos = 0x0002000200020002;

@@ -1,6 +1,5 @@
 """A lease whose experts are all cached whole takes a short way, which may be told from the long one by nothing."""
 
-import copy
 import random
 
 import pytest
@@ -59,15 +58,14 @@ def test_an_expert_that_is_not_whole_takes_the_long_way():
     with fate.load(tiny_store("qwen2_moe"), experts="100%") as model, torch.inference_mode():
         model(torch.arange(12)[None])
         manager = manager_of(model)
-        routing = Routing(0, {0: 1})
         entry = manager.cache.lookup(ExpertKey(0, 0)) or manager.cache.lookup(ExpertKey(0, 1))
         routing = Routing(0, {entry.key.expert: 1})
         assert manager.cache.whole(0, routing.experts) == [entry]
-        half = copy.copy(entry.precision)
-        for precision, transfer in ((Precision.INT2, None), (None, None), (half, object())):
+        held = entry.precision
+        for precision, transfer in ((Precision.INT2, None), (None, None), (held, object())):
             entry.precision, entry.transfer = precision, transfer
             assert manager.cache.whole(0, routing.experts) is None
-        entry.precision, entry.transfer = half, None
+        entry.precision, entry.transfer = held, None
         absent = next(e for e in range(9) if manager.cache.lookup(ExpertKey(0, e)) is None)
         assert manager.cache.whole(0, (entry.key.expert, absent)) is None
 

@@ -14,7 +14,7 @@ from fate.errors import OutputExistsError, UnknownNameError, UsageError
 from fate.kernels import SWIGLU
 from fate.models.activation import recognise
 from fate.models.adapter import build_meta_model, find_moe_layers
-from fate.quant.packing import unpack_plane
+from fate.quant.packing import restore, unpack_plane
 from fate.store.format import GROUP, RecordLayout, padded_cols
 from fate.store.plan import packed_layout
 from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE, StoreReader
@@ -37,7 +37,7 @@ def _weights(record: torch.Tensor, layout: RecordLayout, index: int) -> torch.Te
     padded = padded_cols(matrix.cols)
     gain = record[8 * index : 8 * index + 4].view(torch.float32)
     if section.low is None:
-        codes = record[section.high : section.high + matrix.rows * padded].view(matrix.rows, padded)
+        codes = restore(record[section.high : section.high + matrix.rows * padded].view(matrix.rows, padded))
     else:
         planes = [
             unpack_plane(record[at : at + matrix.rows * padded // 4].view(matrix.rows, padded // 4), padded)

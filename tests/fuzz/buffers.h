@@ -172,17 +172,19 @@ struct Packed {
 
 // Weight (row, col) as the format's specification has it.
 inline double weight(const fate::Matrix& m, int64_t row, int64_t col) {
-    const int64_t group = col / fate::kGroup, chunk = group / 4 * 4;
-    int64_t first = chunk, size = 4;  // the chunk of 4, 2 or 1 groups that the column is in
+    const int64_t group = col / fate::kGroup;
+    int64_t first = group / 16 * 16, size = 16;  // the chunk of 16, 8, 4, 2 or 1 groups that the column is in
     while (m.groups - first < size || group >= first + size) {
         if (m.groups - first >= size) first += size;
         else size /= 2;
     }
+    const int64_t four = col % fate::kGroup / 4, number = (four * size + group - first) * 4 + col % 4;
     double code;
-    if (m.mode == fate::Mode::kInt8) code = m.high_row(static_cast<int>(row))[col];
+    if (m.mode == fate::Mode::kInt8) code = m.high_row(static_cast<int>(row))[first * fate::kGroup + number];
     else {
-        const int64_t within = col - first * fate::kGroup, part = size * fate::kPlaneGroupBytes;
-        const int64_t byte = first * fate::kPlaneGroupBytes + within % part, shift = 2 * (within / part);
+        const int64_t run = size < 4 ? size * fate::kPlaneGroupBytes : 64, within = number % (4 * run);
+        const int64_t byte = first * fate::kPlaneGroupBytes + number / (4 * run) * run + within % run;
+        const int64_t shift = 2 * (within / run);
         const int high = m.high_row(static_cast<int>(row))[byte] >> shift & 3;
         code = m.mode == fate::Mode::kInt2 ? 4 * high + 1.5
                                            : 4 * high + (m.low_row(static_cast<int>(row))[byte] >> shift & 3);

@@ -26,7 +26,7 @@ GOLDEN_JSON = (
     b'{"cols":4,"name":"down_proj","rows":64}],"module":"model.layers.0.mlp.experts","num_experts":2}],'
     b'"model_type":"qwen2_moe"}'
 )
-GOLDEN_PREAMBLE = b"FATESTOR" + bytes.fromhex("01000000e1000000")
+GOLDEN_PREAMBLE = b"FATESTOR" + bytes.fromhex("02000000e1000000")
 
 
 def swiglu(hidden, intermediate):
@@ -63,7 +63,7 @@ def test_the_header_reads_back():
         (b"", StoreError),
         (b"FATESTOR", StoreError),
         (b"x" * 24, StoreError),
-        (b"FATESTOR\x02" + bytes(20), StoreVersionError),
+        (b"FATESTOR\x01" + bytes(20), StoreVersionError),
     ],
 )
 def test_foreign_preambles(head, error):

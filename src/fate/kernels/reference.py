@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fate.core import Precision
 from fate.kernels.activation import ExpertActivation
-from fate.quant.packing import unpack_plane
+from fate.quant.packing import restore, unpack_plane
 from fate.store.format import GROUP, RecordLayout, padded_cols
 
 RAW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,7 +45,7 @@ def dequantize(
 
     gain, slope = packed[8 * index : 8 * index + 8].view(torch.float32).to(dtype)
     if layout.codec == "int8":
-        codes = plane(section.high, padded).to(dtype)
+        codes = restore(plane(section.high, padded)).to(dtype)
     else:
         high = unpack_plane(plane(section.high, padded // 4), padded).to(dtype)
         if precision is Precision.INT2:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fate.kernels import native
 from fate.quant import hqq
-from fate.quant.packing import pack_plane
+from fate.quant.packing import order, pack_plane
 from fate.store.format import GROUP, MatrixSpec, RecordLayout, Section, padded_cols
 
 _RAW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -94,7 +94,7 @@ def _quantize_torch(record: Tensor, matrix: Tensor, section: Section, codec: str
         width = codes.shape[1]
         _write(record, section.affine + first * affine.shape[1], affine)
         if codec == "int8":
-            _write(record, section.high + first * width, codes)
+            _write(record, section.high + first * width, order(codes))
             continue
         assert section.low is not None
         high = codes >> 2

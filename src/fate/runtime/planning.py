@@ -168,4 +168,4 @@ def _kernel_scratch(tokens: int, hidden: int, widest_input: int, header: StoreHe
     as floats and quantized twice; and each thread's unpacked weight rows and tiles."""
     intermediate = max(m.cols for layer in header.layers for m in layer.matrices)
     each_thread = 40 * max(hidden, intermediate, widest_input) + 80_000
-    return int(tokens * (1.13 * hidden + 64) + 512 * (6.3 * intermediate + 256)) + threads.count() * each_thread
+    return int(tokens * (2.13 * hidden + 128) + 512 * (8.3 * intermediate + 512)) + threads.count() * each_thread

@@ -25,7 +25,7 @@ from fate.core import Precision
 from fate.errors import StoreError, StoreVersionError
 
 MAGIC = b"FATESTOR"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PAGE_BYTES = 4096
 GROUP = 64  # columns that share one scale and one offset
 ALIGN = 64  # every section starts on a cache line
@@ -62,7 +62,8 @@ class MatrixSpec:
 class Section:
     """Byte offsets of one matrix within a record. `low` is None unless the codec is int4; raw codecs use `high` only.
 
-    high: int4: 2-bit plane [rows, padded/4]; int8: codes [rows, padded]; raw: values [rows, cols].
+    high: int4: 2-bit plane [rows, padded/4]; int8: codes [rows, padded]; raw: values [rows, cols]. Codes and planes
+        are in the order that `quant/packing.py` gives.
     affine: float16 [rows, 2, groups]: the scales `a` of a row, then its offsets `b`.
     low: int4: 2-bit plane [rows, padded/4].
     """

@@ -35,7 +35,7 @@ inline void quantize_group(const float* values, int8_t* codes, float* scale, flo
 }  // namespace
 
 FATE_CLONES
-void quantize_row(const float* values, int cols, const TokenRows& out, int64_t token) {
+static void quantize_codes(const float* values, int cols, const TokenRows& out, int64_t token) {
     int8_t* codes = out.codes_of(token);
     float *scales = out.scales_of(token), *sums = out.sums_of(token);
     const int whole = cols / kGroup;
@@ -48,6 +48,11 @@ void quantize_row(const float* values, int cols, const TokenRows& out, int64_t t
         quantize_group(last, codes + whole * kGroup, scales + whole, sums + whole);
     }
     for (int g = out.groups; g < padded_groups(out.groups); ++g) scales[g] = sums[g] = 0.0f;
+}
+
+void quantize_row(const float* values, int cols, const TokenRows& out, int64_t token) {
+    quantize_codes(values, cols, out, token);
+    order_as_packed(out.codes_of(token), out.groups, out.packed_of(token));
 }
 
 // What a group's codes leave of its values, in int8 again.
@@ -77,6 +82,7 @@ void quantize_row_twice(const float* values, int cols, const TokenRows& out, int
                       out.codes_of(rest) + g * kGroup, out.scales_of(rest) + g, out.sums_of(rest) + g);
     }
     for (int g = out.groups; g < padded_groups(out.groups); ++g) out.scales_of(rest)[g] = out.sums_of(rest)[g] = 0.0f;
+    order_as_packed(out.codes_of(rest), out.groups, out.packed_of(rest));
 }
 
 FATE_CLONES

@@ -1,7 +1,7 @@
 // Activations as the tile kernels read them: int8, symmetric, one scale per group of 64 columns (absmax / 127).
 //
-// One token is codes [groups * 64], scales and sums [padded_groups]; `sums` holds scale * sum(codes), what a group's
-// offset is multiplied by.
+// One token is its codes twice, in the order of the columns and in that of a packed row (see layout.h), [groups * 64]
+// each, and scales and sums [padded_groups]; `sums` holds scale * sum(codes), what a group's offset is multiplied by.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@ static inline int padded_groups(int groups) { return round_up(groups, kLanes); }
 
 struct TokenRow {
     const int8_t* codes;
+    const int8_t* packed;  // the same, in the order of a packed row
     const float* scales;
     const float* sums;
 };
@@ -28,15 +29,19 @@ static inline int64_t codes_pitch(int groups) { return static_cast<int64_t>(grou
 // Quantized tokens, contiguous.
 struct TokenRows {
     int8_t* codes;
+    int8_t* packed;
     float* scales;
     float* sums;
     int groups;
 
     static int64_t bytes(int64_t count, int groups) {
-        return count * (codes_pitch(groups) + 8 * padded_groups(groups));
+        return count * (2 * codes_pitch(groups) + 8 * padded_groups(groups));
     }
-    TokenRow row(int64_t token) const { return {codes_of(token), scales_of(token), sums_of(token)}; }
+    TokenRow row(int64_t token) const {
+        return {codes_of(token), packed_of(token), scales_of(token), sums_of(token)};
+    }
     int8_t* codes_of(int64_t token) const { return codes + token * codes_pitch(groups); }
+    int8_t* packed_of(int64_t token) const { return packed + token * codes_pitch(groups); }
     float* scales_of(int64_t token) const { return scales + token * padded_groups(groups); }
     float* sums_of(int64_t token) const { return sums + token * padded_groups(groups); }
 };

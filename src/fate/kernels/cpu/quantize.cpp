@@ -118,21 +118,16 @@ FATE_INLINE Affine solve_minmax(const Group& group, float levels) {
     return {spread / levels, low};
 }
 
-// A chunk of `groups` groups of codes -> the two plane chunks (see layout.h).
-inline void pack_chunk(const uint8_t* codes, int groups, uint8_t* high, uint8_t* low) {
-    const int part = groups * kPlaneGroupBytes;
-    for (int j = 0; j < part; ++j) {
-        const unsigned a = codes[j], b = codes[part + j], c = codes[2 * part + j], d = codes[3 * part + j];
-        high[j] = static_cast<uint8_t>(a >> 2 | (b >> 2) << 2 | (c >> 2) << 4 | (d >> 2) << 6);
-        low[j] = static_cast<uint8_t>((a & 3) | (b & 3) << 2 | (c & 3) << 4 | (d & 3) << 6);
-    }
-}
-
-inline void pack_row(const uint8_t* codes, int groups, uint8_t* high, uint8_t* low) {
-    int at = 0;
-    for (int size = 4; size >= 1; size /= 2) {
-        for (; groups - at >= size; at += size) {
-            pack_chunk(codes + at * kGroup, size, high + at * kPlaneGroupBytes, low + at * kPlaneGroupBytes);
+// Codes in the order of a packed row -> both planes.
+void pack_row(const uint8_t* codes, int groups, uint8_t* high, uint8_t* low) {
+    const int bytes = groups * kPlaneGroupBytes;
+    for (int at = 0, run = 64; at < bytes; at += run) {
+        while (bytes - at < run) run /= 2;
+        const uint8_t* part = codes + 4 * at;
+        for (int j = 0; j < run; ++j) {
+            const unsigned a = part[j], b = part[run + j], c = part[2 * run + j], d = part[3 * run + j];
+            high[at + j] = static_cast<uint8_t>(a >> 2 | (b >> 2) << 2 | (c >> 2) << 4 | (d >> 2) << 6);
+            low[at + j] = static_cast<uint8_t>((a & 3) | (b & 3) << 2 | (c & 3) << 4 | (d & 3) << 6);
         }
     }
 }
@@ -219,21 +214,22 @@ SlopeSums quantize_matrix(const void* weights, DType dtype, int64_t pitch, int r
     const int groups = (cols + kGroup - 1) / kGroup;
     const int team = static_cast<int64_t>(rows) * cols < kMinParallelWork ? 1 : threads;
     std::vector<float> floats(static_cast<size_t>(team) * cols);
-    std::vector<uint8_t> codes(static_cast<size_t>(team) * groups * kGroup);
+    const int64_t padded = static_cast<int64_t>(groups) * kGroup;
+    std::vector<uint8_t> codes(2 * team * padded);  // in the order of the columns, and of a packed row
     std::vector<SlopeSums> row_sums(rows, SlopeSums{0.0, 0.0});
     const float factor = std::ldexp(1.0f, headroom), harmless = never_shrinks(settings);
     parallel_for((rows + kItemRows - 1) / kItemRows, team, [&](int64_t item, int thread) {
         float* row = floats.data() + static_cast<int64_t>(thread) * cols;
-        uint8_t* own_codes = codes.data() + static_cast<int64_t>(thread) * groups * kGroup;
+        uint8_t *own = codes.data() + 2 * thread * padded, *ordered = own + padded;
         const int first = static_cast<int>(item) * kItemRows;
         for (int r = first; r < std::min(first + kItemRows, rows); ++r) {
             load_floats(static_cast<const char*>(weights) + r * pitch * item_bytes(dtype), dtype, cols, row);
             scale_row(row, cols, inverse_unit);
-            const int64_t width = static_cast<int64_t>(groups) * (out.low == nullptr ? kGroup : kPlaneGroupBytes);
-            uint8_t* into = out.low == nullptr ? out.high + r * width : own_codes;
-            quantize_row_codes(row, cols, out.low == nullptr, factor, settings, harmless, into,
+            quantize_row_codes(row, cols, out.low == nullptr, factor, settings, harmless, own,
                                out.affine + static_cast<int64_t>(r) * 2 * groups, &row_sums[r]);
-            if (out.low != nullptr) pack_row(own_codes, groups, out.high + r * width, out.low + r * width);
+            const int64_t width = static_cast<int64_t>(groups) * kPlaneGroupBytes;
+            order_as_packed(own, groups, out.low == nullptr ? out.high + r * padded : ordered);
+            if (out.low != nullptr) pack_row(ordered, groups, out.high + r * width, out.low + r * width);
         }
     });
     SlopeSums total{0.0, 0.0};

@@ -16,22 +16,21 @@ void dequantize_row(const Matrix& matrix, int64_t row, float* out) {
     const uint8_t* high = matrix.high_row(static_cast<int>(row));
     const uint8_t* low = matrix.mode == Mode::kInt4 ? matrix.low_row(static_cast<int>(row)) : nullptr;
     const uint16_t* affine = matrix.affine_row(static_cast<int>(row));
-    // First and one-past-last group of the chunk that holds group g: chunks of 4 groups, then one of 2, then one of 1.
-    for (int first = 0, size = 4; first < matrix.groups; first += size) {
-        while (matrix.groups - first < size) size /= 2;
-        for (int g = first; g < first + size; ++g) {
-            const float a = half_to_float(affine[g]), b = half_to_float(affine[matrix.groups + g]);
-            for (int i = 0; i < kGroup; ++i) {
-                const int at = (g - first) * kGroup + i, part_bytes = size * kPlaneGroupBytes;
-                const int byte = first * kPlaneGroupBytes + at % part_bytes, shift = at / part_bytes * 2;
+    for_chunks(matrix.groups, [&](int first, auto n) {
+        const int run = n < 4 ? n * kPlaneGroupBytes : 64;  // bytes
+        for (int g = 0; g < n; ++g) {
+            const float a = half_to_float(affine[first + g]), b = half_to_float(affine[matrix.groups + first + g]);
+            for (int c = 0; c < kGroup; ++c) {
+                const int at = place_in_chunk(n, g, c), shift = at % (4 * run) / run * 2;
+                const int byte = first * kPlaneGroupBytes + at / (4 * run) * run + at % run;
                 float code;
-                if (matrix.mode == Mode::kInt8) code = high[g * kGroup + i];
+                if (matrix.mode == Mode::kInt8) code = high[first * kGroup + at];
                 else if (matrix.mode == Mode::kInt2) code = 4.0f * (high[byte] >> shift & 3) + 1.5f;
                 else code = static_cast<float>((high[byte] >> shift & 3) << 2 | (low[byte] >> shift & 3));
-                out[g * kGroup + i] = matrix.gain * (a * code + b);
+                out[(first + g) * kGroup + c] = matrix.gain * (a * code + b);
             }
         }
-    }
+    });
 }
 
 }  // namespace

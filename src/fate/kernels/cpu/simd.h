@@ -2,25 +2,26 @@
 // tiles_bands.h are written once over it, and tiles_simd.cpp is compiled once for each instruction set. The header of
 // that set, chosen below, defines in an anonymous namespace, so that no other file can end up running it:
 //
-//   Codes                        64 bytes: the codes of one group, or 64 bytes of a plane
+//   Codes                        64 bytes: 64 codes, or 64 bytes of a plane
 //     load_codes(at), (at, 16 or 32 bytes), fill(byte), both(x, y), either(x, y), select(mask, x, y)
 //     shift_left<n>, shift_right<n>    of bytes; what comes in from a neighbour is for the caller to mask off
-//     tail_bits<groups>(plane, g)      the bits of group g of a tail of 1 or 2 groups, lowest two of each byte
+//     short_bits<n>(plane, v)          the bits of vector v of a run of n, 1 or 2, lowest two of each byte
 //   Floats                       16 floats
 //     load_floats16, store, broadcast, zero_floats, add, multiply, multiply_add(x, y, z) = x * y + z rounded once
 //     load_halves(at), (at, count)     16, or fewer and zeros beyond: reads no further, but up to 14 bytes before `at`
 //     fold(x)                          the sum in the order that tiles.h gives
-//   Ints                         16 int32; to_floats
-//   Quad                         sums of products of four groups, part of the way
-//     dot_quad<mode, groups>(codes, x) up to four groups of a row times x [groups * 64]; zero_quad
-//     join(q0, q1, q2, q3)             -> Ints: the sums of 16 groups
+//   Ints                         16 int32; zero_ints, add, to_floats
+//     add_products<mode, n>(sums, codes, x)  n vectors of codes times x [n * 64], four products to a lane
+//     spread<n>(x)                     in each lane the sum of the lanes congruent to it modulo n: 8, 4, 2 or 1
+//     from_lane(at, x, y)              lanes before `at` of x, the others of y
+//   kRowTokens, kChains          most tokens of one pass over a row, and most vectors that their sums are spread over
 //   kBandVectors, kBandTokens    the shape of the band kernel, without which FATE_BAND_KERNEL is not defined: weight
 //                                rows in vectors of 16, and most tokens of one turn
 //   kBandMinTokens               from how many tokens it is the faster one, as measured
 //     transpose(rows)                  16 rows of 16 four-byte pieces, in place
-//     dot_band<mode, upper, n>(block, next, tokens, x, dots)   one group, block [16][kBandVectors * 16 rows][4 columns]
-//                                      of bytes or halves of bytes, times n tokens' codes from byte x on ->
-//                                      dots[token][vector], lanes = rows; `next` will be read after it
+//     dot_band<mode, n>(block, next, fours, tokens, x, dots)   one group times n tokens' codes from byte x on ->
+//                                      dots[token][vector], lanes = rows; block and fours: see Fours; `next` will be
+//                                      read after it
 //
 // Integer sums are exact and every float operation is one rounding in a given order, so all give the same bits.
 #pragma once
@@ -39,7 +40,21 @@ alignas(16) constexpr uint8_t kMoveDown[32] = {
     0,    1,    2,    3,    4,    5,    6,    7,    8,    9,    10,   11,   12,   13,   14,   15,
     0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
 
+// Lanes before 16, then lanes from it on.
+alignas(64) constexpr int32_t kFromLane[2 * kLanes] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                                       -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+
 inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+
+// A block of a band is [16 fours][rows][4 columns] of one group in int8. In nibbles two fours share a byte, and it is
+// [8][rows][4 columns]: pair p is of four p + (p & -2s) in the lower halves and the one 2s fours on in the upper ones,
+// s being the step of the chunk that the group is in: what its planes hold side by side.
+struct Fours {
+    int step;
+
+    int lower(int pair) const { return pair + (pair & -2 * step); }
+    int apart() const { return 2 * step; }
+};
 
 }  // namespace
 }  // namespace fate

@@ -21,7 +21,6 @@ struct Ints {
 struct Floats {
     __m256 low, high;
 };
-using Quad = __m256i;  // lane 4i + j: what 128-bit lane i sums of group j
 
 #if defined(__AVXVNNI__)
 constexpr bool kVnni = true;
@@ -67,15 +66,15 @@ inline Codes shift_right(Codes x) {
     return {_mm256_srli_epi16(x.low, n), _mm256_srli_epi16(x.high, n)};
 }
 
-template <int groups>
-inline Codes tail_bits(const uint8_t* plane, int g) {
-    if constexpr (groups == 1) {
+template <int vectors>
+inline Codes short_bits(const uint8_t* plane, int v) {
+    if constexpr (vectors == 1) {
         const __m256i bits = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane)));
         return {_mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2)),
                 _mm256_srlv_epi64(bits, _mm256_setr_epi64x(4, 4, 6, 6))};
     } else {
         const __m256i bits = load32(plane);
-        return {_mm256_srli_epi16(bits, 4 * g), _mm256_srli_epi16(bits, 4 * g + 2)};
+        return {_mm256_srli_epi16(bits, 4 * v), _mm256_srli_epi16(bits, 4 * v + 2)};
     }
 }
 
@@ -118,35 +117,49 @@ inline float fold(Floats lanes) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-inline Quad zero_quad() { return _mm256_setzero_si256(); }
+constexpr int kRowTokens = 4, kChains = 2;
 
-template <Mode mode, int groups>
-inline Quad dot_quad(const Codes codes[groups], const int8_t* x) {
-    __m256i d[4];
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) {
-        d[g] = _mm256_setzero_si256();
-        if (g >= groups) continue;
-        const __m256i x_low = load32(x + g * kGroup), x_high = load32(x + g * kGroup + 32);
-        if constexpr (kVnni || mode == Mode::kInt8) {
-            d[g] = add_products(add_products(d[g], codes[g].low, x_low), codes[g].high, x_high);
-        } else {
-            d[g] = _mm256_add_epi16(_mm256_maddubs_epi16(codes[g].low, x_low),
-                                    _mm256_maddubs_epi16(codes[g].high, x_high));
-        }
-    }
+inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Ints add(Ints x, Ints y) {
+    return {_mm256_add_epi32(x.low, y.low), _mm256_add_epi32(x.high, y.high)};
+}
+
+template <Mode mode, int n>
+inline Ints add_products(Ints sums, const Codes codes[n], const int8_t* x) {
     if constexpr (kVnni || mode == Mode::kInt8) {
-        return _mm256_hadd_epi32(_mm256_hadd_epi32(d[0], d[1]), _mm256_hadd_epi32(d[2], d[3]));
+#pragma GCC unroll 4
+        for (int v = 0; v < n; ++v) {
+            sums.low = add_products(sums.low, codes[v].low, load32(x + v * kGroup));
+            sums.high = add_products(sums.high, codes[v].high, load32(x + v * kGroup + 32));
+        }
     } else {
-        return _mm256_madd_epi16(_mm256_hadd_epi16(_mm256_hadd_epi16(d[0], d[1]), _mm256_hadd_epi16(d[2], d[3])),
-                                 _mm256_set1_epi16(1));
+        __m256i low = _mm256_maddubs_epi16(codes[0].low, load32(x));
+        __m256i high = _mm256_maddubs_epi16(codes[0].high, load32(x + 32));
+#pragma GCC unroll 4
+        for (int v = 1; v < n; ++v) {
+            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(codes[v].low, load32(x + v * kGroup)));
+            high = _mm256_add_epi16(high, _mm256_maddubs_epi16(codes[v].high, load32(x + v * kGroup + 32)));
+        }
+        const __m256i ones = _mm256_set1_epi16(1);
+        sums.low = _mm256_add_epi32(sums.low, _mm256_madd_epi16(low, ones));
+        sums.high = _mm256_add_epi32(sums.high, _mm256_madd_epi16(high, ones));
     }
+    return sums;
 }
 
-inline __m256i join_two(Quad q0, Quad q1) {
-    return _mm256_add_epi32(_mm256_permute2x128_si256(q0, q1, 0x20), _mm256_permute2x128_si256(q0, q1, 0x31));
+template <int n>
+inline Ints spread(Ints x) {
+    __m256i eight = _mm256_add_epi32(x.low, x.high);
+    if constexpr (n < 8) eight = _mm256_add_epi32(eight, _mm256_permute2x128_si256(eight, eight, 1));
+    if constexpr (n < 4) eight = _mm256_add_epi32(eight, _mm256_shuffle_epi32(eight, 0x4e));
+    if constexpr (n < 2) eight = _mm256_add_epi32(eight, _mm256_shuffle_epi32(eight, 0xb1));
+    return {eight, eight};
 }
-inline Ints join(Quad q0, Quad q1, Quad q2, Quad q3) { return {join_two(q0, q1), join_two(q2, q3)}; }
+
+inline Ints from_lane(int at, Ints x, Ints y) {
+    const int32_t* of_y = kFromLane + kLanes - at;
+    return {_mm256_blendv_epi8(x.low, y.low, load32(of_y)), _mm256_blendv_epi8(x.high, y.high, load32(of_y + 8))};
+}
 
 constexpr int kBandVectors = 1, kBandTokens = 4, kBandMinTokens = kVnni ? 8 : 24;
 
@@ -193,45 +206,50 @@ inline __m256i load_four(const int8_t* activations) {
     return _mm256_set1_epi32(four);
 }
 
-template <Mode mode, bool upper, int n>
-inline void dot_band(const uint8_t* block, const uint8_t* next, const TokenRow* tokens, int64_t x,
+template <Mode mode, int n>
+inline void dot_band(const uint8_t* block, const uint8_t* next, Fours fours, const TokenRow* tokens, int64_t x,
                      Ints dots[n][kBandVectors]) {
-    const auto codes = [](const uint8_t* at) {
-        if constexpr (mode == Mode::kInt8) return load_codes(at);
-        return both(shift_right<upper ? 4 : 0>(load_codes(at)), fill(0x0f));
+    constexpr bool kInPairs = !kVnni && mode != Mode::kInt8;  // 16 bits hold the products of eight fours
+    constexpr int kVectors = mode == Mode::kInt8 ? 16 : 8, kTogether = kInPairs ? 4 : kVectors;
+    Ints sums[n], pairs[n];
+    const auto add_four = [&](const Codes& w, int four) {
+#pragma GCC unroll 4
+        for (int t = 0; t < n; ++t) {
+            const __m256i own = load_four(tokens[t].codes + x + 4 * four);
+            if constexpr (kInPairs) {
+                pairs[t] = {_mm256_add_epi16(pairs[t].low, _mm256_maddubs_epi16(w.low, own)),
+                            _mm256_add_epi16(pairs[t].high, _mm256_maddubs_epi16(w.high, own))};
+            } else {
+                sums[t] = {add_products(sums[t].low, w.low, own), add_products(sums[t].high, w.high, own)};
+            }
+        }
     };
-    constexpr bool kInPairs = !kVnni && mode != Mode::kInt8;
-    constexpr int kTogether = kInPairs ? 8 : kGroup / 4;  // fours whose pairs fit
-    const __m256i none = _mm256_setzero_si256();
 #pragma GCC unroll 4
-    for (int t = 0; t < n; ++t) dots[t][0] = {none, none};
-    for (int first = 0; first < kGroup / 4; first += kTogether) {
-        Ints pairs[n];
+    for (int t = 0; t < n; ++t) sums[t] = zero_ints();
+    for (int first = 0; first < kVectors; first += kTogether) {
 #pragma GCC unroll 4
-        for (int t = 0; t < n; ++t) pairs[t] = {none, none};
-        for (int four = first; four < first + kTogether; ++four) {
-            prefetch(next + four * 64);
-            const Codes w = codes(block + four * 64);
-#pragma GCC unroll 4
-            for (int t = 0; t < n; ++t) {
-                const __m256i own = load_four(tokens[t].codes + x + four * 4);
-                if constexpr (kInPairs) {
-                    pairs[t] = {_mm256_add_epi16(pairs[t].low, _mm256_maddubs_epi16(w.low, own)),
-                                _mm256_add_epi16(pairs[t].high, _mm256_maddubs_epi16(w.high, own))};
-                } else {
-                    dots[t][0] = {add_products(dots[t][0].low, w.low, own), add_products(dots[t][0].high, w.high, own)};
-                }
+        for (int t = 0; t < n; ++t) pairs[t] = zero_ints();
+        for (int i = first; i < first + kTogether; ++i) {
+            prefetch(next + i * 64);
+            const Codes codes = load_codes(block + i * 64);
+            if constexpr (mode == Mode::kInt8) {
+                add_four(codes, i);
+            } else {
+                add_four(both(codes, fill(0x0f)), fours.lower(i));
+                add_four(both(shift_right<4>(codes), fill(0x0f)), fours.lower(i) + fours.apart());
             }
         }
         if constexpr (kInPairs) {
             const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
             for (int t = 0; t < n; ++t) {
-                dots[t][0] = {_mm256_add_epi32(dots[t][0].low, _mm256_madd_epi16(pairs[t].low, ones)),
-                              _mm256_add_epi32(dots[t][0].high, _mm256_madd_epi16(pairs[t].high, ones))};
+                sums[t] = {_mm256_add_epi32(sums[t].low, _mm256_madd_epi16(pairs[t].low, ones)),
+                           _mm256_add_epi32(sums[t].high, _mm256_madd_epi16(pairs[t].high, ones))};
             }
         }
     }
+#pragma GCC unroll 4
+    for (int t = 0; t < n; ++t) dots[t][0] = sums[t];
 }
 
 }  // namespace

@@ -10,7 +10,6 @@ namespace {
 
 using Codes = __m512i;
 using Ints = __m512i;
-using Quad = __m512i;
 using Floats = __m512;
 
 inline Codes load_codes(const void* at) { return _mm512_loadu_si512(at); }
@@ -32,18 +31,18 @@ inline Codes load_codes(const uint8_t* at, int bytes) {
     return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - bytes), at);
 }
 
-// The tail's bytes are repeated over the vector, and each 128-bit lane is shifted to the part that it holds of group g.
-template <int groups>
-inline Codes tail_bits(const uint8_t* plane, int g) {
+// The run's bytes are repeated over the vector, and each 128-bit lane is shifted to the part that it holds of vector v.
+template <int vectors>
+inline Codes short_bits(const uint8_t* plane, int v) {
     constexpr long long kTwos = 0x0002000200020002;
-    if constexpr (groups == 1) {
+    if constexpr (vectors == 1) {
         const __m512i shifts =
             _mm512_set_epi64(3 * kTwos, 3 * kTwos, 2 * kTwos, 2 * kTwos, kTwos, kTwos, 0, 0);
         return _mm512_srlv_epi16(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane))),
                                  shifts);
     } else {
         const __m512i shifts =
-            _mm512_add_epi16(_mm512_set1_epi16(static_cast<short>(4 * g)), _mm512_maskz_set1_epi16(0xffff0000, 2));
+            _mm512_add_epi16(_mm512_set1_epi16(static_cast<short>(4 * v)), _mm512_maskz_set1_epi16(0xffff0000, 2));
         return _mm512_srlv_epi16(_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane))),
                                  shifts);
     }
@@ -71,26 +70,34 @@ inline float fold(Floats lanes) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-inline Quad zero_quad() { return _mm512_setzero_si512(); }
+constexpr int kRowTokens = 8, kChains = 4;
 
-// Lane 4i + j of the result: what 128-bit lane i sums of group j.
-template <Mode mode, int groups>
-inline Quad dot_quad(const Codes codes[groups], const int8_t* x) {
-    __m512i d[4];
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) {
-        d[g] = _mm512_setzero_si512();
-        if (g < groups) d[g] = _mm512_dpbusd_epi32(d[g], codes[g], load_codes(x + g * kGroup));
-    }
-    const __m512i pair0 = _mm512_add_epi32(_mm512_unpacklo_epi32(d[0], d[1]), _mm512_unpackhi_epi32(d[0], d[1]));
-    const __m512i pair1 = _mm512_add_epi32(_mm512_unpacklo_epi32(d[2], d[3]), _mm512_unpackhi_epi32(d[2], d[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(pair0, pair1), _mm512_unpackhi_epi64(pair0, pair1));
+inline Ints zero_ints() { return _mm512_setzero_si512(); }
+inline Ints add(Ints x, Ints y) { return _mm512_add_epi32(x, y); }
+
+// sums += u8 weights * s8 activations, in place: GCC copies the intrinsic's live accumulators around every step.
+inline void accumulate(__m512i& sums, __m512i weights, __m512i activations) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(activations));
 }
 
-inline Ints join(Quad q0, Quad q1, Quad q2, Quad q3) {
-    const __m512i half0 = _mm512_add_epi32(_mm512_shuffle_i32x4(q0, q1, 0x88), _mm512_shuffle_i32x4(q0, q1, 0xdd));
-    const __m512i half1 = _mm512_add_epi32(_mm512_shuffle_i32x4(q2, q3, 0x88), _mm512_shuffle_i32x4(q2, q3, 0xdd));
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(half0, half1, 0x88), _mm512_shuffle_i32x4(half0, half1, 0xdd));
+template <Mode mode, int n>
+inline Ints add_products(Ints sums, const Codes codes[n], const int8_t* x) {
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) sums = _mm512_dpbusd_epi32(sums, codes[v], load_codes(x + v * kGroup));
+    return sums;
+}
+
+template <int n>
+inline Ints spread(Ints x) {
+    x = _mm512_add_epi32(x, _mm512_shuffle_i64x2(x, x, 0x4e));
+    if constexpr (n < 8) x = _mm512_add_epi32(x, _mm512_shuffle_i64x2(x, x, 0xb1));
+    if constexpr (n < 4) x = _mm512_add_epi32(x, _mm512_shuffle_epi32(x, static_cast<_MM_PERM_ENUM>(0x4e)));
+    if constexpr (n < 2) x = _mm512_add_epi32(x, _mm512_shuffle_epi32(x, static_cast<_MM_PERM_ENUM>(0xb1)));
+    return x;
+}
+
+inline Ints from_lane(int at, Ints x, Ints y) {
+    return _mm512_mask_mov_epi32(x, static_cast<__mmask16>(0xffffu << at), y);
 }
 
 constexpr int kBandVectors = 2, kBandTokens = 8, kBandMinTokens = 4;
@@ -121,35 +128,41 @@ inline void transpose(Codes rows[kLanes]) {
     }
 }
 
-// dots += u8 weights * s8 activations, in place: GCC copies the intrinsic's live accumulators around every step.
-inline void accumulate(__m512i& dots, __m512i weights, __m512i activations) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(dots) : "v"(weights), "v"(activations));
+// One vector of codes per 16 rows, times a four of each of n tokens.
+template <int n>
+inline void add_four(const Codes codes[kBandVectors], const int8_t* const x[n], int64_t at,
+                     Ints dots[n][kBandVectors]) {
+#pragma GCC unroll 8
+    for (int t = 0; t < n; ++t) {
+        int32_t own;
+        std::memcpy(&own, x[t] + at, 4);
+        const __m512i activations = _mm512_set1_epi32(own);
+        accumulate(dots[t][0], codes[0], activations);
+        accumulate(dots[t][1], codes[1], activations);
+    }
 }
 
-template <Mode mode, bool upper, int n>
-inline void dot_band(const uint8_t* block, const uint8_t* next, const TokenRow* tokens, int64_t x,
+template <Mode mode, int n>
+inline void dot_band(const uint8_t* block, const uint8_t* next, Fours fours, const TokenRow* tokens, int64_t x,
                      Ints dots[n][kBandVectors]) {
-    const auto codes = [](const uint8_t* at) {
-        if constexpr (mode == Mode::kInt8) return load_codes(at);
-        return both(shift_right<upper ? 4 : 0>(load_codes(at)), fill(0x0f));
-    };
     const int8_t* columns[n];
 #pragma GCC unroll 8
     for (int t = 0; t < n; ++t) {
         columns[t] = tokens[t].codes + x;
         dots[t][0] = dots[t][1] = _mm512_setzero_si512();
     }
-    for (int four = 0; four < kGroup / 4; ++four) {
-        prefetch(next + four * 128);
-        prefetch(next + four * 128 + 64);
-        const __m512i first = codes(block + four * 128), second = codes(block + four * 128 + 64);
-#pragma GCC unroll 8
-        for (int t = 0; t < n; ++t) {
-            int32_t own;
-            std::memcpy(&own, columns[t] + four * 4, 4);
-            const __m512i activations = _mm512_set1_epi32(own);
-            accumulate(dots[t][0], first, activations);
-            accumulate(dots[t][1], second, activations);
+    for (int i = 0; i < (mode == Mode::kInt8 ? 16 : 8); ++i, block += 128, next += 128) {
+        prefetch(next);
+        prefetch(next + 64);
+        const Codes codes[2] = {load_codes(block), load_codes(block + 64)};
+        if constexpr (mode == Mode::kInt8) {
+            add_four<n>(codes, columns, 4 * i, dots);
+        } else {
+            const Codes nibble = fill(0x0f);
+            const Codes lower[2] = {both(codes[0], nibble), both(codes[1], nibble)};
+            add_four<n>(lower, columns, 4 * fours.lower(i), dots);
+            const Codes upper[2] = {both(shift_right<4>(codes[0]), nibble), both(shift_right<4>(codes[1]), nibble)};
+            add_four<n>(upper, columns, 4 * (fours.lower(i) + fours.apart()), dots);
         }
     }
 }

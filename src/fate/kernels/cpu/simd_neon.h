@@ -22,7 +22,6 @@ struct Ints {
 struct Floats {
     float32x4_t part[4];
 };
-using Quad = int32x4_t;  // lane = group
 
 // {f(0), f(1), f(2), f(3)}: a vector of four parts, without a loop that a compiler might keep.
 template <typename V, typename F>
@@ -60,10 +59,10 @@ inline Codes shift_right(Codes x) {
     return parts<Codes>([&](int p) { return vshrq_n_u8(x.part[p], n); });
 }
 
-template <int groups>
-inline Codes tail_bits(const uint8_t* plane, int g) {
+template <int vectors>
+inline Codes short_bits(const uint8_t* plane, int v) {
     return parts<Codes>([&](int p) {
-        const int at = groups == 1 ? 0 : p % 2 * 16, shift = groups == 1 ? 2 * p : 4 * g + p / 2 * 2;
+        const int at = vectors == 1 ? 0 : p % 2 * 16, shift = vectors == 1 ? 2 * p : 4 * v + p / 2 * 2;
         return vshlq_u8(vld1q_u8(plane + at), vdupq_n_s8(static_cast<int8_t>(-shift)));
     });
 }
@@ -120,56 +119,61 @@ inline float fold(Floats lanes) {
 inline int8x16_t as_signed(uint8x16_t codes) { return vreinterpretq_s8_u8(codes); }
 inline int8x16_t less_128(uint8x16_t codes) { return as_signed(veorq_u8(codes, vdupq_n_u8(0x80))); }
 
-// The products of one group, in four partial sums.
-template <Mode mode>
-inline int32x4_t dot_group(Codes codes, const int8_t* x) {
-#if defined(__ARM_FEATURE_DOTPROD)
-    int32x4_t sums = vdupq_n_s32(0), x_sums = vdupq_n_s32(0);
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) {
-        const int8x16_t own = vld1q_s8(x + 16 * p);
-        if constexpr (mode == Mode::kInt8) {
-            sums = vdotq_s32(sums, less_128(codes.part[p]), own);
-            x_sums = vdotq_s32(x_sums, vdupq_n_s8(1), own);
-        } else {
-            sums = vdotq_s32(sums, as_signed(codes.part[p]), own);
-        }
-    }
-    return mode == Mode::kInt8 ? vaddq_s32(sums, vshlq_n_s32(x_sums, 7)) : sums;
-#else
-    // 16 bits hold two products of 8-bit codes, and all eight of 4-bit codes that a lane gets.
-    int32x4_t sums = vdupq_n_s32(0);
-    int16x8_t few = vdupq_n_s16(0), x_sums = vdupq_n_s16(0);
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) {
-        const int8x16_t own = vld1q_s8(x + 16 * p);
-        const int8x16_t w = mode == Mode::kInt8 ? less_128(codes.part[p]) : as_signed(codes.part[p]);
-        few = vmlal_high_s8(vmlal_s8(few, vget_low_s8(w), vget_low_s8(own)), w, own);
-        if constexpr (mode == Mode::kInt8) {
-            sums = vpadalq_s16(sums, few);
-            few = vdupq_n_s16(0);
-            x_sums = vpadalq_s8(x_sums, own);
-        }
-    }
-    if constexpr (mode == Mode::kInt8) return vaddq_s32(sums, vshlq_n_s32(vpaddlq_s16(x_sums), 7));
-    return vpaddlq_s16(few);
+constexpr int kRowTokens = 4, kChains = 2;
+
+inline Ints zero_ints() {
+    return parts<Ints>([](int) { return vdupq_n_s32(0); });
+}
+inline Ints add(Ints x, Ints y) {
+    return parts<Ints>([&](int p) { return vaddq_s32(x.part[p], y.part[p]); });
+}
+
+template <Mode mode, int n>
+inline Ints add_products(Ints sums, const Codes codes[n], const int8_t* x) {
+    return parts<Ints>([&](int p) {
+        int32x4_t own_sums = sums.part[p], x_sums = vdupq_n_s32(0);
+#if !defined(__ARM_FEATURE_DOTPROD)
+        int16x8_t first = vdupq_n_s16(0), second = first;  // they hold four products of 4-bit codes, one of 8-bit codes
 #endif
-}
-
-inline Quad zero_quad() { return vdupq_n_s32(0); }
-
-template <Mode mode, int groups>
-inline Quad dot_quad(const Codes codes[groups], const int8_t* x) {
-    int32x4_t d[4];
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) {
-        d[g] = zero_quad();
-        if (g < groups) d[g] = dot_group<mode>(codes[g], x + g * kGroup);
-    }
-    return vpaddq_s32(vpaddq_s32(d[0], d[1]), vpaddq_s32(d[2], d[3]));
+        for (int v = 0; v < n; ++v) {
+            const int8x16_t own = vld1q_s8(x + v * kGroup + 16 * p);
+            const int8x16_t w = mode == Mode::kInt8 ? less_128(codes[v].part[p]) : as_signed(codes[v].part[p]);
+#if defined(__ARM_FEATURE_DOTPROD)
+            own_sums = vdotq_s32(own_sums, w, own);
+            if constexpr (mode == Mode::kInt8) x_sums = vdotq_s32(x_sums, vdupq_n_s8(1), own);
+#else
+            first = vmlal_s8(first, vget_low_s8(w), vget_low_s8(own));
+            second = vmlal_high_s8(second, w, own);
+            if constexpr (mode == Mode::kInt8) {
+                own_sums = vaddq_s32(own_sums, vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second)));
+                first = second = vdupq_n_s16(0);
+                x_sums = vpadalq_s16(x_sums, vpaddlq_s8(own));
+            }
+#endif
+        }
+        if constexpr (mode == Mode::kInt8) return vaddq_s32(own_sums, vshlq_n_s32(x_sums, 7));
+#if !defined(__ARM_FEATURE_DOTPROD)
+        own_sums = vaddq_s32(own_sums, vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second)));
+#endif
+        return own_sums;
+    });
 }
 
-inline Ints join(Quad q0, Quad q1, Quad q2, Quad q3) { return {{q0, q1, q2, q3}}; }
+template <int n>
+inline Ints spread(Ints x) {
+    int32x4_t low = vaddq_s32(x.part[0], x.part[2]), high = vaddq_s32(x.part[1], x.part[3]);
+    if constexpr (n < 8) low = high = vaddq_s32(low, high);
+    if constexpr (n < 4) low = high = vaddq_s32(low, vextq_s32(low, low, 2));
+    if constexpr (n < 2) low = high = vaddq_s32(low, vrev64q_s32(low));
+    return {{low, high, low, high}};
+}
+
+inline Ints from_lane(int at, Ints x, Ints y) {
+    return parts<Ints>([&](int p) {
+        return vbslq_s32(vreinterpretq_u32_s32(vld1q_s32(kFromLane + kLanes - at + 4 * p)), y.part[p], x.part[p]);
+    });
+}
 
 #if defined(FATE_BAND_KERNEL)
 
@@ -192,51 +196,42 @@ inline void transpose(Codes rows[kLanes]) {
     for (int c = 0; c < kLanes; ++c) rows[c] = columns[c];
 }
 
-// Four columns of 16 rows times those of a token, number `lane` of the 16 in `own`.
-template <int lane>
-inline void add_products(Ints& sums, const Codes& w, int8x16_t own) {
-    sums = parts<Ints>([&](int p) { return vdotq_laneq_s32(sums.part[p], as_signed(w.part[p]), own, lane); });
-}
-
-template <Mode mode, bool upper, int lane, int n>
-inline void add_four(const uint8_t* block, const int8x16_t own[n], Ints dots[n][kBandVectors]) {
-    Codes w = load_codes(block + lane * 64);
-    if constexpr (mode == Mode::kInt8) {
-        w = parts<Codes>([&](int p) { return vreinterpretq_u8_s8(less_128(w.part[p])); });
-    } else {
-        w = upper ? shift_right<4>(w) : both(w, fill(0x0f));
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < n; ++t) add_products<lane>(dots[t][0], w, own[t]);
-}
-
-template <Mode mode, bool upper, int n>
-inline void dot_band(const uint8_t* block, const uint8_t* next, const TokenRow* tokens, int64_t x,
+template <Mode mode, int n>
+inline void dot_band(const uint8_t* block, const uint8_t* next, Fours fours, const TokenRow* tokens, int64_t x,
                      Ints dots[n][kBandVectors]) {
+    Ints sums[n];
     int32x4_t x_sums[n];
+    const auto add_four = [&](const Codes& w, int four) {
+#pragma GCC unroll 4
+        for (int t = 0; t < n; ++t) {
+            int32_t activations;
+            std::memcpy(&activations, tokens[t].codes + x + 4 * four, 4);
+            const int8x16_t own = vreinterpretq_s8_s32(vdupq_n_s32(activations));
+            sums[t] = parts<Ints>([&](int p) { return vdotq_s32(sums[t].part[p], as_signed(w.part[p]), own); });
+            if constexpr (mode == Mode::kInt8) x_sums[t] = vdotq_s32(x_sums[t], vdupq_n_s8(1), own);
+        }
+    };
 #pragma GCC unroll 4
     for (int t = 0; t < n; ++t) {
+        sums[t] = zero_ints();
         x_sums[t] = vdupq_n_s32(0);
-        dots[t][0] = parts<Ints>([](int) { return vdupq_n_s32(0); });
     }
-    for (int sixteen = 0; sixteen < kGroup / 16; ++sixteen, block += 256, next += 256) {
-        int8x16_t own[n];
-#pragma GCC unroll 4
-        for (int t = 0; t < n; ++t) {
-            prefetch(next + t * 64);
-            own[t] = vld1q_s8(tokens[t].codes + x + sixteen * 16);
-            if constexpr (mode == Mode::kInt8) x_sums[t] = vdotq_s32(x_sums[t], vdupq_n_s8(1), own[t]);
+    for (int i = 0; i < (mode == Mode::kInt8 ? 16 : 8); ++i) {
+        prefetch(next + i * 64);
+        const Codes codes = load_codes(block + i * 64);
+        if constexpr (mode == Mode::kInt8) {
+            add_four(parts<Codes>([&](int p) { return vreinterpretq_u8_s8(less_128(codes.part[p])); }), i);
+        } else {
+            add_four(both(codes, fill(0x0f)), fours.lower(i));
+            add_four(shift_right<4>(codes), fours.lower(i) + fours.apart());
         }
-        add_four<mode, upper, 0, n>(block, own, dots);
-        add_four<mode, upper, 1, n>(block, own, dots);
-        add_four<mode, upper, 2, n>(block, own, dots);
-        add_four<mode, upper, 3, n>(block, own, dots);
     }
-    if constexpr (mode == Mode::kInt8) {
 #pragma GCC unroll 4
-        for (int t = 0; t < n; ++t) {
-            const int32x4_t more = vdupq_n_s32(128 * vaddvq_s32(x_sums[t]));
-            dots[t][0] = parts<Ints>([&](int p) { return vaddq_s32(dots[t][0].part[p], more); });
+    for (int t = 0; t < n; ++t) {
+        dots[t][0] = sums[t];
+        if constexpr (mode == Mode::kInt8) {
+            const int32x4_t more = vshlq_n_s32(x_sums[t], 7);
+            dots[t][0] = parts<Ints>([&](int p) { return vaddq_s32(sums[t].part[p], more); });
         }
     }
 }

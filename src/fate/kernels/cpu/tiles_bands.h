@@ -17,11 +17,9 @@ constexpr int64_t kBlockBytes = kFours * kFourBytes;
 constexpr int kTurnFloats = kBandTokens * kBandRows;
 constexpr int kDepth = 5;  // most lanes, or sums of lanes, that wait for their other half
 
-// Weight rows, the last of them repeated where the matrix ends. A block is [kFours][kBandRows][4 columns] of bytes. Two
-// blocks hold a chunk of four groups, whose groups 2 and 3 are in the upper halves of the bytes; other groups, and all
-// of int8, have one each.
+// Weight rows, the last of them repeated where the matrix ends.
 struct Band {
-    uint8_t* blocks;
+    uint8_t* blocks;  // of the groups (see Fours in simd.h)
     float* scales;  // [groups][kBandRows]
     float* offsets;
     float* sums;  // [kDepth][kBandTokens][kBandRows]
@@ -38,32 +36,26 @@ Band band_in(void* scratch, int groups) {
     return {blocks, scales, offsets, offsets + groups * kBandRows};
 }
 
-// Where a group's codes are.
-struct Place {
-    const uint8_t* block;
-    bool upper;  // half of the bytes
-
-    template <Mode mode>
-    static Place of(const Band& band, int groups, int group) {
-        const int chunked = mode == Mode::kInt8 ? 0 : groups & ~3;
-        const bool whole = group < chunked;
-        const int block = whole ? group / 4 * 2 + (group & 1) : chunked / 2 + group - chunked;
-        return {band.blocks + block * kBlockBytes, whole && (group & 2) != 0};
-    }
-};
-
-template <int groups>
-inline Codes load_plane(const uint8_t* plane) {
-    if constexpr (groups == 4) return load_codes(plane);
-    return load_codes(plane, groups * kPlaneGroupBytes);
+template <Mode mode>
+constexpr int64_t block_bytes() {
+    return mode == Mode::kInt8 ? kBlockBytes : kBlockBytes / 2;
 }
 
-// Two codes of a chunk in each byte (see layout.h): its parts 0 and 2, or, if `odd`, 1 and 3.
-template <Mode mode, int groups, bool odd>
+// Fours of a group that one part of a run of a chunk of `groups` groups holds.
+constexpr int fours_of_part(int groups) { return groups == 16 ? 1 : groups == 8 ? 2 : 4; }
+
+template <int bytes>
+inline Codes load_run(const uint8_t* plane) {
+    if constexpr (bytes == 64) return load_codes(plane);
+    return load_codes(plane, bytes);
+}
+
+// Two codes of a run in each byte (see layout.h): its parts 0 and 2, or, if `odd`, 1 and 3.
+template <Mode mode, int bytes, bool odd>
 inline Codes load_two_parts(const uint8_t* high, const uint8_t* low) {
-    const Codes h = load_plane<groups>(high), upper = odd ? h : shift_left<2>(h);
+    const Codes h = load_run<bytes>(high), upper = odd ? h : shift_left<2>(h);
     if constexpr (mode == Mode::kInt2) return both(upper, fill(0xcc));
-    const Codes l = load_plane<groups>(low);
+    const Codes l = load_run<bytes>(low);
     return select(fill(0xcc), upper, odd ? shift_right<2>(l) : l);
 }
 
@@ -74,10 +66,10 @@ inline const uint8_t* in_next_band(const Matrix& matrix, const uint8_t* at) {
     return at + kBandRows * matrix.plane_bytes();
 }
 
-// A chunk of 4, 2 or 1 groups of 16 rows -> its block or blocks.
+// Two of the four parts of a run of 16 rows -> its chunk's blocks. `at`: the run's first byte in a row's plane.
 template <Mode mode, int groups, bool odd>
-inline void unpack_parts(const Matrix& matrix, const int* rows, int64_t at, uint8_t* block) {
-    constexpr int kPartFours = groups * kPlaneGroupBytes / 4;
+inline void unpack_parts(const Matrix& matrix, const int* rows, int64_t at, int run, uint8_t* blocks) {
+    constexpr int kRunBytes = groups < 4 ? groups * kPlaneGroupBytes : 64;
     Codes x[kLanes];
 #pragma GCC unroll 16
     for (int r = 0; r < kLanes; ++r) {
@@ -87,36 +79,40 @@ inline void unpack_parts(const Matrix& matrix, const int* rows, int64_t at, uint
             prefetch_second(in_next_band(matrix, high));
             if constexpr (mode == Mode::kInt4) prefetch_second(in_next_band(matrix, low));
         }
-        x[r] = load_two_parts<mode, groups, odd>(high, low);
+        x[r] = load_two_parts<mode, kRunBytes, odd>(high, low);
     }
     transpose(x);
-    uint8_t* out = block + odd * kPartFours * kFourBytes;
+    const int first = (2 * run + odd) * fours_of_part(groups);
 #pragma GCC unroll 16
-    for (int four = 0; four < kPartFours; ++four, out += kFourBytes) {
-        if constexpr (groups == 4) {
-            store_codes(out, x[four]);
-        } else {
-            store_codes(out, both(x[four], fill(0x0f)));
-            store_codes(out + 2 * kPartFours * kFourBytes, both(shift_right<4>(x[four]), fill(0x0f)));
+    for (int j = 0; j < kRunBytes / 4; ++j) {
+        store_codes(blocks + j % groups * block_bytes<mode>() + (first + j / groups) * kFourBytes, x[j]);
+    }
+}
+
+// A chunk of 16 rows -> the blocks of its groups.
+template <Mode mode, int groups>
+inline void unpack_chunk(const Matrix& matrix, const int* rows, int first, uint8_t* blocks) {
+    for (int run = 0; run < (groups < 4 ? 1 : groups / 4); ++run) {
+        const int64_t at = first * kPlaneGroupBytes + run * 64;
+        unpack_parts<mode, groups, false>(matrix, rows, at, run, blocks);
+        unpack_parts<mode, groups, true>(matrix, rows, at, run, blocks);
+    }
+}
+
+template <int groups>
+inline void unpack_bytes(const Matrix& matrix, const int* rows, int first, uint8_t* blocks) {
+    for (int v = 0; v < groups; ++v) {
+        Codes x[kLanes];
+        for (int r = 0; r < kLanes; ++r) {
+            const uint8_t* codes = matrix.high_row(rows[r]) + (first + v) * kGroup;
+            prefetch_second(in_next_band(matrix, codes));
+            x[r] = load_codes(codes);
+        }
+        transpose(x);
+        for (int j = 0; j < kLanes; ++j) {
+            store_codes(blocks + j % groups * kBlockBytes + (v * kLanes + j) / groups * kFourBytes, x[j]);
         }
     }
-}
-
-template <Mode mode, int groups>
-inline void unpack_chunk(const Matrix& matrix, const int* rows, int group, uint8_t* block) {
-    unpack_parts<mode, groups, false>(matrix, rows, group * kPlaneGroupBytes, block);
-    unpack_parts<mode, groups, true>(matrix, rows, group * kPlaneGroupBytes, block);
-}
-
-inline void unpack_bytes(const Matrix& matrix, const int* rows, int group, uint8_t* block) {
-    Codes x[kLanes];
-    for (int r = 0; r < kLanes; ++r) {
-        const uint8_t* codes = matrix.high_row(rows[r]) + group * kGroup;
-        prefetch_second(in_next_band(matrix, codes));
-        x[r] = load_codes(codes);
-    }
-    transpose(x);
-    for (int four = 0; four < kFours; ++four) store_codes(block + four * kFourBytes, x[four]);
 }
 
 inline void transpose_floats(const float* values, int count, float* out) {
@@ -147,23 +143,14 @@ void unpack_band(const Matrix& matrix, int row, int count, const Band& band) {
     for (int v = 0; v < kBandVectors; ++v) {
         int rows[kLanes];
         for (int r = 0; r < kLanes; ++r) rows[r] = row + (v * kLanes + r < count ? v * kLanes + r : count - 1);
-        uint8_t* block = band.blocks + v * kGroup;
-        int g = 0;
-        if constexpr (mode == Mode::kInt8) {
-            for (; g < matrix.groups; ++g, block += kBlockBytes) unpack_bytes(matrix, rows, g, block);
-        } else {
-            for (; g + 4 <= matrix.groups; g += 4, block += 2 * kBlockBytes) {
-                unpack_chunk<mode, 4>(matrix, rows, g, block);
-            }
-            if (matrix.groups & 2) {
-                unpack_chunk<mode, 2>(matrix, rows, g, block);
-                g += 2;
-                block += 2 * kBlockBytes;
-            }
-            if (matrix.groups & 1) unpack_chunk<mode, 1>(matrix, rows, g, block);
-        }
-        for (g = 0; g < matrix.groups; g += kLanes) {
-            unpack_affine<mode>(matrix, rows, g, band.scales + v * kLanes, band.offsets + v * kLanes);
+        uint8_t* blocks = band.blocks + v * kGroup;
+        for_chunks(matrix.groups, [&](int first, auto groups) {
+            uint8_t* own = blocks + first * block_bytes<mode>();
+            if constexpr (mode == Mode::kInt8) unpack_bytes<groups>(matrix, rows, first, own);
+            else unpack_chunk<mode, groups>(matrix, rows, first, own);
+        });
+        for (int first = 0; first < matrix.groups; first += kLanes) {
+            unpack_affine<mode>(matrix, rows, first, band.scales + v * kLanes, band.offsets + v * kLanes);
         }
     }
 }
@@ -196,10 +183,9 @@ struct Ahead {
 template <Mode mode, int n>
 inline void add_group(const Band& band, const TokenRow* tokens, int groups, int g, int next, bool first, float* lane) {
     Ints dots[n][kBandVectors];
-    const Place place = Place::of<mode>(band, groups, g);
-    const uint8_t* then = Place::of<mode>(band, groups, next).block;
-    if (place.upper) dot_band<mode, true, n>(place.block, then, tokens, g * kGroup, dots);
-    else dot_band<mode, false, n>(place.block, then, tokens, g * kGroup, dots);
+    const uint8_t* block = band.blocks + g * block_bytes<mode>();
+    const Fours fours{fours_of_part(chunk_of(groups, g))};
+    dot_band<mode, n>(block, band.blocks + next * block_bytes<mode>(), fours, tokens, g * kGroup, dots);
 #pragma GCC unroll 2
     for (int v = 0; v < kBandVectors; ++v) {
         const Floats scales = load_floats16(band.scales + g * kBandRows + v * kLanes);

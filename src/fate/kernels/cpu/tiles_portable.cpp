@@ -8,10 +8,9 @@ namespace {
 
 constexpr int kRowsAtOnce = 4;  // weight rows unpacked together, so that a token's codes are read once for all
 
-// One chunk of `groups` groups (4, 2 or 1) of a row; `low` is null for an INT2 reader. Codes are widened to 16 bits,
-// which is what lets a compiler see a multiply-and-add-pairs instruction in `dot`.
-inline void unpack_chunk(const uint8_t* high, const uint8_t* low, int groups, int16_t* out) {
-    const int bytes = groups * kPlaneGroupBytes;
+// One run of a row's planes; `low` is null for an INT2 reader. Codes are widened to 16 bits, which is what lets a
+// compiler see a multiply-and-add-pairs instruction in `dot`.
+inline void unpack_run(const uint8_t* high, const uint8_t* low, int bytes, int16_t* out) {
     for (int part = 0; part < 4; ++part) {
         const int shift = 2 * part;
         if (low == nullptr) {
@@ -24,20 +23,25 @@ inline void unpack_chunk(const uint8_t* high, const uint8_t* low, int groups, in
     }
 }
 
-inline void unpack_row(const Matrix& matrix, int row, int16_t* codes, float* scales, float* offsets) {
+// A row's codes in the order of its columns. `packed` [groups * 64] is scratch.
+inline void unpack_row(const Matrix& matrix, int row, int16_t* packed, int16_t* codes, float* scales, float* offsets) {
     const uint8_t* high = matrix.high_row(row);
     if (matrix.mode == Mode::kInt8) {
-        for (int i = 0; i < matrix.groups * kGroup; ++i) codes[i] = high[i];
+        for (int i = 0; i < matrix.groups * kGroup; ++i) packed[i] = high[i];
     } else {
         const uint8_t* low = matrix.mode == Mode::kInt4 ? matrix.low_row(row) : nullptr;
-        int g = 0;
-        for (int size = 4; size >= 1; size /= 2) {
-            for (; matrix.groups - g >= size; g += size) {
-                const int at = g * kPlaneGroupBytes;
-                unpack_chunk(high + at, low == nullptr ? nullptr : low + at, size, codes + g * kGroup);
-            }
+        for (int at = 0, bytes = 64; at < matrix.plane_bytes(); at += bytes) {
+            while (matrix.plane_bytes() - at < bytes) bytes /= 2;
+            unpack_run(high + at, low == nullptr ? nullptr : low + at, bytes, packed + 4 * at);
         }
     }
+    for_chunks(matrix.groups, [&](int first, auto n) {
+        const int16_t* from = packed + first * kGroup;
+        for (int g = 0; g < n; ++g) {
+            int16_t* to = codes + (first + g) * kGroup;
+            for (int c = 0; c < kGroup; c += 4) std::memcpy(to + c, from + place_in_chunk(n, g, c), 8);
+        }
+    });
     const uint16_t* affine = matrix.affine_row(row);
     for (int g = 0; g < matrix.groups; ++g) {
         scales[g] = half_to_float(affine[g]);
@@ -60,7 +64,8 @@ inline float fold(float* lane) {
 }
 
 int64_t portable_scratch_bytes(int groups) {
-    return static_cast<int64_t>(kRowsAtOnce) * groups * (kGroup * sizeof(int16_t) + 2 * sizeof(float));
+    const int64_t codes = (kRowsAtOnce + 1) * kGroup * sizeof(int16_t), affine = kRowsAtOnce * 2 * sizeof(float);
+    return groups * (codes + affine);
 }
 
 inline float output(const int16_t* codes, const float* scales, const float* offsets, const TokenRow& token,
@@ -81,10 +86,12 @@ void portable_rows(const Matrix& matrix, int row, int count, const TokenRow* tok
     float* scales = static_cast<float*>(scratch);
     float* offsets = scales + kRowsAtOnce * groups;
     int16_t* codes = reinterpret_cast<int16_t*>(offsets + kRowsAtOnce * groups);
+    int16_t* packed = codes + kRowsAtOnce * groups * kGroup;
     for (int first = 0; first < count; first += kRowsAtOnce) {
         const int rows = count - first < kRowsAtOnce ? count - first : kRowsAtOnce;
         for (int r = 0; r < rows; ++r) {
-            unpack_row(matrix, row + first + r, codes + r * groups * kGroup, scales + r * groups, offsets + r * groups);
+            unpack_row(matrix, row + first + r, packed, codes + r * groups * kGroup, scales + r * groups,
+                       offsets + r * groups);
         }
         for (int t = 0; t < n; ++t) {
             for (int r = 0; r < rows; ++r) {

@@ -1,6 +1,9 @@
-// Few tokens, row by row. A vector holds the 64 columns of one group; the partial dot products of each of 16 groups
-// are transposed and added, which leaves one vector of 16 exact group sums, lanes = groups.
+// Few tokens, row by row. A vector holds fours of a chunk's groups, so the products of all of them, added up, are one
+// vector of 16 exact sums, lanes = groups.
 #pragma once
+
+#include <algorithm>
+#include <utility>
 
 #include "tiles.h"
 #include "unpack.h"
@@ -8,7 +11,6 @@
 namespace fate {
 namespace {
 
-constexpr int kRowTokens = 4;  // most tokens of one pass
 // How far ahead of use to prefetch: planes in bytes, scales and offsets in values. The processor does not follow the
 // thin affine stream by itself, and without it the loop runs at half speed.
 constexpr int kPrefetchBytes = 4096;
@@ -24,25 +26,59 @@ inline void prefetch_planes(const uint8_t* high, const uint8_t* low) {
     }
 }
 
-// Up to four groups of one row against `n` tokens; x: byte offset of the first group in a token's codes.
+// Adds the products of a chunk of `groups` groups to the sums of n tokens; x: the chunk's first code of a token.
 template <Mode mode, int n, int groups>
-inline void dot_tokens(const uint8_t* high, const uint8_t* low, const TokenRow* tokens, int64_t x, Quad quads[n]) {
-    Codes codes[groups];
-    unpack<mode, groups>(high, low, codes);
+inline void add_chunk(const uint8_t* high, const uint8_t* low, const TokenRow* tokens, int64_t x, Ints sums[n]) {
+    constexpr int kVectors = groups < 4 ? groups : 4;  // of a run
+    constexpr int kRunBytes = kVectors * (mode == Mode::kInt8 ? kGroup : kPlaneGroupBytes);
+    constexpr int kRuns = groups / kVectors, kOwnChains = std::clamp(kChains / n, 1, kRuns);
+    Ints chains[kOwnChains][n];  // of products that wait for one another
 #pragma GCC unroll 4
-    for (int t = 0; t < n; ++t) quads[t] = dot_quad<mode, groups>(codes, tokens[t].codes + x);
+    for (int run = 0; run < kRuns; ++run) {
+        Codes codes[kVectors];
+        prefetch_planes<mode>(high + run * kRunBytes, low + run * kRunBytes);
+        unpack<mode, kVectors>(high + run * kRunBytes, low + run * kRunBytes, codes);
+#pragma GCC unroll 8
+        for (int t = 0; t < n; ++t) {
+            const Ints before = run == 0 ? sums[t] : run < kOwnChains ? zero_ints() : chains[run % kOwnChains][t];
+            chains[run % kOwnChains][t] =
+                add_products<mode, kVectors>(before, codes, tokens[t].packed + x + run * kVectors * kGroup);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < n; ++t) {
+        sums[t] = chains[0][t];
+#pragma GCC unroll 4
+        for (int chain = 1; chain < kOwnChains; ++chain) sums[t] = add(sums[t], chains[chain][t]);
+    }
 }
 
-// Adds 16 groups from group `first`, or, unless `whole`, the row's last, to the lanes of each token. quads[at][t].
+// The sums of a row's tail of `left` groups, fewer than 16, beginning with a chunk of at most `groups`; the lanes
+// beyond hold anything.
+template <Mode mode, int n, int groups>
+inline void add_tail(const uint8_t* high, const uint8_t* low, const TokenRow* tokens, int64_t x, int left,
+                     Ints sums[n]) {
+    constexpr int64_t kStep = mode == Mode::kInt8 ? kGroup : kPlaneGroupBytes;
+    if ((left & groups) != 0) {
+        const int at = left & -2 * groups;  // groups of the tail before these
+        Ints own[n];
+        for (int t = 0; t < n; ++t) own[t] = zero_ints();
+        add_chunk<mode, n, groups>(high + at * kStep, low + at * kStep, tokens, x + at * kGroup, own);
+#pragma GCC unroll 8
+        for (int t = 0; t < n; ++t) sums[t] = from_lane(at, sums[t], spread<groups>(own[t]));
+    }
+    if constexpr (groups > 1) add_tail<mode, n, groups / 2>(high, low, tokens, x, left, sums);
+}
+
+// Adds 16 groups from group `first`, or, unless `whole`, the row's last, to the lanes of each token.
 template <Mode mode, int n, bool whole>
-inline void add_lanes(const Quad quads[4][n], const uint16_t* affine, int groups, int first, const TokenRow* tokens,
+inline void add_lanes(const Ints sums[n], const uint16_t* affine, int groups, int first, const TokenRow* tokens,
                       Floats lanes[n]) {
     const Affine affines = load_affine<mode, whole>(affine, groups, first);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int t = 0; t < n; ++t) {
-        const Floats sums = to_floats(join(quads[0][t], quads[1][t], quads[2][t], quads[3][t]));
         const Floats scales = multiply(affines.scales, load_floats16(tokens[t].scales + first));
-        lanes[t] = multiply_add(sums, scales, lanes[t]);
+        lanes[t] = multiply_add(to_floats(sums[t]), scales, lanes[t]);
         lanes[t] = multiply_add(affines.offsets, load_floats16(tokens[t].sums + first), lanes[t]);
     }
 }
@@ -56,49 +92,39 @@ inline void row_outputs(const Matrix& matrix, int row, const TokenRow* tokens, f
     const int groups = matrix.groups;
     Floats lanes[n];
     for (int t = 0; t < n; ++t) lanes[t] = zero_floats();
-    int64_t first = 0;
-    for (; first + kLanes <= groups; first += kLanes) {
-        Quad quads[4][n];
+    for (int first = 0; first < groups; first += kChunkGroups) {
+        Ints sums[n];
+        for (int t = 0; t < n; ++t) sums[t] = zero_ints();
         prefetch(affine + 2 * first + kPrefetchAffines);
-#pragma GCC unroll 4
-        for (int at = 0; at < 4; ++at) {
-            const int64_t g = first + 4 * at;
-            prefetch_planes<mode>(high + g * kStep, low + g * kStep);
-            dot_tokens<mode, n, 4>(high + g * kStep, low + g * kStep, tokens, g * kGroup, quads[at]);
+        const uint8_t *h = high + first * kStep, *l = low + first * kStep;
+        const int64_t x = static_cast<int64_t>(first) * kGroup;
+        if (groups - first >= kChunkGroups) {
+            add_chunk<mode, n, kChunkGroups>(h, l, tokens, x, sums);
+            add_lanes<mode, n, true>(sums, affine, groups, first, tokens, lanes);
+        } else {
+            add_tail<mode, n, kChunkGroups / 2>(h, l, tokens, x, groups - first, sums);
+            add_lanes<mode, n, false>(sums, affine, groups, first, tokens, lanes);
         }
-        add_lanes<mode, n, true>(quads, affine, groups, static_cast<int>(first), tokens, lanes);
-    }
-    if (first < groups) {
-        Quad quads[4][n];
-        prefetch(affine + 2 * first + kPrefetchAffines);
-#pragma GCC unroll 4
-        for (int at = 0; at < 4; ++at) {
-            const int64_t g = first + 4 * at, left = groups - g;
-            const uint8_t *h = high + g * kStep, *l = low + g * kStep;
-            if (left > 0) prefetch_planes<mode>(h, l);
-            if (left >= 4) dot_tokens<mode, n, 4>(h, l, tokens, g * kGroup, quads[at]);
-            else if (left == 3) dot_tokens<mode, n, 3>(h, l, tokens, g * kGroup, quads[at]);
-            else if (left == 2) dot_tokens<mode, n, 2>(h, l, tokens, g * kGroup, quads[at]);
-            else if (left == 1) dot_tokens<mode, n, 1>(h, l, tokens, g * kGroup, quads[at]);
-            else
-                for (int t = 0; t < n; ++t) quads[at][t] = zero_quad();
-        }
-        add_lanes<mode, n, false>(quads, affine, groups, static_cast<int>(first), tokens, lanes);
     }
     for (int t = 0; t < n; ++t) tile[t * kTileRows] = fold(lanes[t]) * matrix.gain;
 }
 
+template <Mode mode, int... counts>
+inline void rows_of(int n, std::integer_sequence<int, counts...>, const Matrix& matrix, int row, int count,
+                    const TokenRow* tokens, float* tile) {
+    const auto outputs = [&](auto tokens_at_once) {
+        for (int r = 0; r < count; ++r) row_outputs<mode, tokens_at_once>(matrix, row + r, tokens, tile + r);
+    };
+    ((n == counts + 1 ? outputs(std::integral_constant<int, counts + 1>()) : void()), ...);
+}
+
 template <Mode mode>
 void tile_rows(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile) {
-    for (int t = 0; t < n; t += kRowTokens) {
-        const int left = n - t;
-        float* out = tile + t * kTileRows;
-        for (int r = 0; r < count; ++r) {
-            if (left >= 4) row_outputs<mode, 4>(matrix, row + r, tokens + t, out + r);
-            else if (left == 3) row_outputs<mode, 3>(matrix, row + r, tokens + t, out + r);
-            else if (left == 2) row_outputs<mode, 2>(matrix, row + r, tokens + t, out + r);
-            else row_outputs<mode, 1>(matrix, row + r, tokens + t, out + r);
-        }
+    const int turns = (n + kRowTokens - 1) / kRowTokens;
+    for (int turn = 0; turn < turns; ++turn) {
+        const int first = n * turn / turns, end = n * (turn + 1) / turns;
+        rows_of<mode>(end - first, std::make_integer_sequence<int, kRowTokens>(), matrix, row, count, tokens + first,
+                      tile + first * kTileRows);
     }
 }
 

@@ -12,13 +12,14 @@ namespace fate {
 constexpr int64_t kTileFloats = static_cast<int64_t>(kTileTokens) * kTileRows;
 
 static inline TokenRows take_rows(Scratch& scratch, int64_t count, int groups) {
-    return {scratch.take<int8_t>(count * codes_pitch(groups)), scratch.take<float>(count * padded_groups(groups)),
-            scratch.take<float>(count * padded_groups(groups)), groups};
+    return {scratch.take<int8_t>(count * codes_pitch(groups)), scratch.take<int8_t>(count * codes_pitch(groups)),
+            scratch.take<float>(count * padded_groups(groups)), scratch.take<float>(count * padded_groups(groups)),
+            groups};
 }
 
 // Bytes that take_rows uses, rounding included.
 static inline int64_t rows_bytes(int64_t count, int groups) {
-    return TokenRows::bytes(count, groups) + 3 * Scratch::kAlign;
+    return TokenRows::bytes(count, groups) + 4 * Scratch::kAlign;
 }
 
 // Weight rows per work item: small enough to share `rows` out over the threads, whole octets or bands, at most a tile.

@@ -6,29 +6,25 @@
 namespace fate {
 namespace {
 
-template <Mode mode, int groups>
-inline void unpack_tail(const uint8_t* high, const uint8_t* low, Codes codes[groups]) {
+template <Mode mode, int vectors>
+inline void unpack_short(const uint8_t* high, const uint8_t* low, Codes codes[vectors]) {
     const Codes two_bits = fill(3);
 #pragma GCC unroll 2
-    for (int g = 0; g < groups; ++g) {
-        codes[g] = shift_left<2>(both(tail_bits<groups>(high, g), two_bits));
-        if constexpr (mode == Mode::kInt4) codes[g] = either(codes[g], both(tail_bits<groups>(low, g), two_bits));
+    for (int v = 0; v < vectors; ++v) {
+        codes[v] = shift_left<2>(both(short_bits<vectors>(high, v), two_bits));
+        if constexpr (mode == Mode::kInt4) codes[v] = either(codes[v], both(short_bits<vectors>(low, v), two_bits));
     }
 }
 
-// A chunk of 4 groups, or the last 1 to 3 of a row, as one vector of codes each; in kInt2 the codes are 4h. The count
-// is a template argument throughout: vectors in an array of variable length would travel through memory.
-template <Mode mode, int groups>
-inline void unpack(const uint8_t* high, const uint8_t* low, Codes codes[groups]) {
+// A run as 4, 2 or 1 vectors of codes; in kInt2 the codes are 4h. The count is a template argument throughout: vectors
+// in an array of variable length would travel through memory.
+template <Mode mode, int vectors>
+inline void unpack(const uint8_t* high, const uint8_t* low, Codes codes[vectors]) {
     if constexpr (mode == Mode::kInt8) {
 #pragma GCC unroll 4
-        for (int g = 0; g < groups; ++g) codes[g] = load_codes(high + g * kGroup);
-    } else if constexpr (groups < 4) {
-        constexpr int pair = groups & 2;
-        if constexpr (pair > 0) unpack_tail<mode, 2>(high, low, codes);
-        if constexpr ((groups & 1) > 0) {
-            unpack_tail<mode, 1>(high + pair * kPlaneGroupBytes, low + pair * kPlaneGroupBytes, codes + pair);
-        }
+        for (int v = 0; v < vectors; ++v) codes[v] = load_codes(high + v * kGroup);
+    } else if constexpr (vectors < 4) {
+        unpack_short<mode, vectors>(high, low, codes);
     } else if constexpr (mode == Mode::kInt2) {
         const Codes h = load_codes(high), mask = fill(0x0c);
         codes[0] = both(shift_left<2>(h), mask);
@@ -36,7 +32,7 @@ inline void unpack(const uint8_t* high, const uint8_t* low, Codes codes[groups])
         codes[2] = both(shift_right<2>(h), mask);
         codes[3] = both(shift_right<4>(h), mask);
     } else {
-        // Bits 2-3 and 6-7 of a byte from the high plane, the others from the low: groups 0 and 2, then 1 and 3.
+        // Bits 2-3 and 6-7 of a byte from the high plane, the others from the low: vectors 0 and 2, then 1 and 3.
         const Codes h = load_codes(high), l = load_codes(low), high_half = fill(0xcc), nibble = fill(0x0f);
         const Codes even = select(high_half, shift_left<2>(h), l);
         const Codes odd = select(high_half, h, shift_right<2>(l));

@@ -40,7 +40,7 @@ class Draw:
         """Often beside a multiple of 64."""
         if self.chance(50):
             return self.between(1, most)
-        return min(most, max(1, 64 * self.between(1, 8) + self.between(-1, 1)))
+        return min(most, max(1, 64 * self.between(1, 8 if self.chance(70) else 35) + self.between(-1, 1)))
 
     def tokens(self) -> int:
         return self.between(1, 9) if self.chance(60) else self.between(10, 80) if self.chance(90) else 600
@@ -74,7 +74,7 @@ def fuzz(rounds: int, first_seed: int, kernel: str | None = None) -> Counter[str
 def fuzz_linear(draw: Draw) -> str:
     codec, precision = draw.of(tuple(DEPTHS))
     dtype = draw.of(DTYPES)
-    layout = matrix_layout(codec, draw.size(200), draw.size(600))
+    layout = matrix_layout(codec, draw.size(200), draw.size(2300))
     spec = layout.matrices[0]
     packed = random_record(layout, draw.between(0, 1 << 30))
     x = draw.values(draw.tokens(), spec.cols).to(dtype)
@@ -91,7 +91,9 @@ def fuzz_experts(draw: Draw) -> str:
     codec, precision = draw.of(tuple(DEPTHS))
     dtype, form = draw.of(DTYPES), random_form(draw)
     count, top_k, tokens = draw.between(1, 4), draw.between(1, 3), draw.tokens()
-    layout = expert_layout(codec, draw.size(300), draw.size(200), form.gated)
+    layout = expert_layout(
+        codec, *(draw.size(most) for most in draw.of(((300, 200), (1500, 60), (60, 1500)))), form.gated
+    )
     hidden = layout.matrices[0].cols
     pool = torch.cat([random_record(layout, draw.between(0, 1 << 30)) for _ in range(count)])
     x = draw.values(tokens, hidden).to(dtype)

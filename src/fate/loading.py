@@ -176,12 +176,13 @@ def ensure_store(
 
 
 def _identity(source: Path, trust_remote_code: bool) -> str:
-    """What a cached store is known by: the checkpoint, and the tokenizer and other files kept beside it."""
+    """What a cached store is known by: its format, the checkpoint, and the tokenizer and other files kept beside it."""
     from fate.conversion import copied_files
+    from fate.store.format import FORMAT_VERSION
     from fate.store.quantized import open_checkpoint
 
     with open_checkpoint(source) as checkpoint:
-        digest = hashlib.sha256(checkpoint.fingerprint().encode())
+        digest = hashlib.sha256(f"{FORMAT_VERSION} {checkpoint.fingerprint()}".encode())
         own_code = trust_remote_code and "auto_map" in checkpoint.config
     if own_code:  # the store runs that code, where it would else run what transformers has
         digest.update(b"own code")

@@ -31,7 +31,7 @@ std::vector<float> floats_of(const Exact& x, int64_t first, int64_t count, DType
 }  // namespace
 
 void linear(Random& random, const std::string& planted) {
-    const int rows = random.size(260), cols = random.size(random.chance(0.1) ? 3000 : 800), tokens = any_tokens(random);
+    const int rows = random.size(260), cols = random.size(random.chance(0.3) ? 3000 : 800), tokens = any_tokens(random);
     const DType dtype = any_dtype(random);
     const Packed packed(random, rows, cols, planted);
     const int64_t item = fate::item_bytes(dtype);
@@ -68,7 +68,7 @@ void linear(Random& random, const std::string& planted) {
 }
 
 void gather(Random& random, const std::string&) {
-    const int rows = random.size(90), cols = random.size(900), count = static_cast<int>(random.in(0, 40));
+    const int rows = random.size(90), cols = random.size(2300), count = static_cast<int>(random.in(0, 40));
     const DType dtype = any_dtype(random);
     const Packed packed(random, rows, cols, "");
     const Exact ids(count * 8), out(static_cast<int64_t>(count) * cols * fate::item_bytes(dtype));
@@ -153,7 +153,7 @@ void attend(Random& random, const std::string&) {
 }
 
 void quantize(Random& random, const std::string&) {
-    const int rows = random.size(60), cols = random.size(500);
+    const int rows = random.size(40), cols = random.size(2300);
     const int64_t pitch = cols + random.in(0, 9);
     const bool int8 = random.chance(0.4);
     const DType dtype = any_dtype(random);

@@ -152,7 +152,8 @@ struct Call {
 }  // namespace
 
 void experts(Random& random, const std::string& planted) {
-    const int hidden = random.size(330), inner = random.size(270);
+    const bool wide = random.chance(0.2), deep = random.chance(0.2);  // chunks of 16 groups
+    const int hidden = random.size(wide ? 1500 : 330), inner = random.size(deep ? 1500 : wide ? 70 : 270);
     const int tokens = random.chance(0.7) ? static_cast<int>(random.in(1, 12)) : static_cast<int>(random.in(1, 700));
     const int count = static_cast<int>(random.in(1, 5)), top_k = static_cast<int>(random.in(1, 3));
     const int biases = count + static_cast<int>(random.in(0, 2));

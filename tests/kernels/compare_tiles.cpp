@@ -108,6 +108,7 @@ bool compare(Mode mode, int rows, int groups, int count_tokens) {
 int main() {
     for (const Mode mode : {Mode::kInt4, Mode::kInt2, Mode::kInt8}) {
         for (int groups = 1; groups <= 38; ++groups) {
+            if (!compare(mode, 1 + static_cast<int>(below(40)), groups, 1 + groups % 10)) return 1;
             const int tokens = groups % 3 == 0 ? 1 : 1 + static_cast<int>(below(groups % 8 == 0 ? kTileTokens : 20));
             if (!compare(mode, 1 + static_cast<int>(below(groups % 5 == 0 ? 90 : 21)), groups, tokens)) return 1;
         }

@@ -3,6 +3,7 @@ under an emulator, where there is one."""
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,7 +20,14 @@ SOURCES = Path(native.__file__).parent / "cpu"
 DRIVER = Path(__file__).parent / "compare_tiles.cpp"
 CROSS = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
-FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+X86_SETS = {
+    "kAvx2Tiles": ("avx2", _AVX2),
+    "kAvxVnniTiles": ("avx-vnni", [*_AVX2, "-mavxvnni"]),
+    "kAvx512VnniTiles": ("avx512-vnni", [*_AVX2, *_AVX512]),
+}
 NEON_SETS = {"kNeonTiles": ("neon", []), "kNeonDotprodTiles": ("neon-dotprod", ["-march=armv8.2-a+dotprod"])}
 
 
@@ -53,21 +61,32 @@ def test_experts_have_the_portable_bits(compiled_kernel: str, codec: str, precis
         assert torch.equal(ours, rows())
 
 
-@pytest.fixture(scope="module")
-def neon_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`compare_tiles.cpp` built for aarch64 with both NEON sets."""
-    if shutil.which(CROSS) is None or shutil.which(EMULATOR) is None:
-        pytest.skip(f"needs {CROSS} and {EMULATOR} (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    built = tmp_path_factory.mktemp("neon")
-    compiler = [CROSS, *FLAGS, "-DFATE_ARM", f"-I{SOURCES}"]
+def build_driver(compiler: list[object], sets: dict[str, tuple[str, list[str]]], folder: Path) -> Path:
+    """`compare_tiles.cpp` with instruction sets: the constant to define -> name, flags."""
     objects = []
-    for constant, (name, flags) in NEON_SETS.items():
-        objects.append(built / f"{name}.o")
+    for constant, (name, flags) in sets.items():
+        objects.append(folder / f"{name}.o")
         defines = [f"-DFATE_TILES={constant}", f'-DFATE_TILES_NAME="{name}"']
         run(*compiler, *flags, *defines, "-c", SOURCES / "tiles_simd.cpp", "-o", objects[-1])
     others = [SOURCES / f"{name}.cpp" for name in ("tiles", "tiles_portable", "activations", "team")]
-    run(*compiler, "-static", "-pthread", DRIVER, *others, *objects, "-o", built / "compare_tiles")
-    return built / "compare_tiles"
+    run(*compiler, "-pthread", DRIVER, *others, *objects, "-o", folder / "compare_tiles")
+    return folder / "compare_tiles"
+
+
+@pytest.fixture(scope="module")
+def neon_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which(CROSS) is None or shutil.which(EMULATOR) is None:
+        pytest.skip(f"needs {CROSS} and {EMULATOR} (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    compiler = [CROSS, *FLAGS, "-O3", "-Werror", "-static", "-DFATE_ARM", f"-I{SOURCES}"]
+    return build_driver(compiler, NEON_SETS, tmp_path_factory.mktemp("neon"))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None, reason="x86 and g++")
+def test_x86_has_the_portable_bits_in_every_tail_and_pass(tmp_path: Path) -> None:
+    """Rows and bands at every number of groups and tokens, whichever of them would be used."""
+    compiler = ["g++", *FLAGS, "-O1", "-DFATE_X86", f"-I{SOURCES}"]
+    names = run(build_driver(compiler, X86_SETS, tmp_path)).split()
+    assert names == [name for name in native.available() if name != "torch"]
 
 
 def run(*argv: object) -> str:

@@ -13,8 +13,21 @@ from fate.kernels import linear, native, reference
 from fate.store.format import GROUP
 from packed_records import DEPTHS, matrix_layout, random_record, relative_error
 
-# Every tail of the packing: 0 to 3 groups beyond the last whole chunk, partial groups, rows below and beyond a tile.
-SHAPES = [(1, 64), (3, 100), (64, 128), (3, 192), (65, 704), (64, 1408), (2816, 64), (130, 2048), (7, 2880), (1, 2048)]
+# Tails of the packing: 0, 1, 2, 3, 6, 11, 13 and 15 groups beyond the last whole chunk, partial groups, rows below and
+# beyond a tile.
+SHAPES = [
+    (1, 64),
+    (3, 100),
+    (64, 128),
+    (3, 192),
+    (65, 704),
+    (64, 1408),
+    (2816, 64),
+    (130, 2048),
+    (7, 2880),
+    (1, 2048),
+    (9, 1984),
+]
 _PROT_NONE = 0
 TOKENS = [1, 2, 3, 4, 8, 9, 17, 67, 130]
 

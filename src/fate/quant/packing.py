@@ -2,7 +2,7 @@
 
 A row is cut into chunks of 1024 columns, 16 groups of 64, then at most one of 512, 256, 128 and 64 (columns are padded
 to a multiple of 64), so no shape wastes a byte. In a chunk of n groups the codes are ordered by fours: columns 0-3 of
-each group in turn, then columns 4-7 of each, and so on. 32-bit lane j of any 64 bytes of codes therefore belongs to
+each group in turn, then columns 4-7 of each, and so on. 32-bit lane j of every 64 bytes of codes therefore belongs to
 group j % n, and an instruction that adds up products of four bytes sums each group in a lane of its own.
 
 In a 2-bit plane, 256 codes in that order take 64 bytes (at a row's end 128 take 32, or 64 take 16): of C codes, byte j
@@ -25,12 +25,6 @@ from fate.store.format import GROUP
 
 _CHUNKS = (1024, 512, 256, 128, 64)
 _RUNS = (256, 128, 64)
-
-
-def chunks(cols: int) -> Iterator[tuple[int, int]]:
-    """(first column, columns) of each chunk of a row of `cols` columns, a multiple of 64."""
-    for first, size, count in _cut(cols, _CHUNKS):
-        yield from ((first + i * size, size) for i in range(count))
 
 
 def order(codes: torch.Tensor) -> torch.Tensor:

@@ -164,8 +164,11 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _kernel_scratch(tokens: int, hidden: int, widest_input: int, header: StoreHeader) -> int:
-    """The CPU kernels' buffers: int8 activations with their scales; of 512 pairs at a time the intermediate rows too,
-    as floats and quantized twice; and each thread's unpacked weight rows and tiles."""
+    """The CPU kernels' buffers: int8 activations, in both orders of their columns, with their scales; of 512 pairs at a
+    time the intermediate rows too, as floats and in twice two int8; or 512 tokens of the widest matrix; and each
+    thread's unpacked weight rows and tiles."""
     intermediate = max(m.cols for layer in header.layers for m in layer.matrices)
     each_thread = 40 * max(hidden, intermediate, widest_input) + 80_000
-    return int(tokens * (2.13 * hidden + 128) + 512 * (8.3 * intermediate + 512)) + threads.count() * each_thread
+    of_experts = tokens * (2.13 * hidden + 240) + 512 * (8.3 * intermediate + 592)
+    of_widest = min(tokens, 512) * (2.13 * widest_input + 280)
+    return int(max(of_experts, of_widest)) + threads.count() * each_thread

@@ -251,7 +251,7 @@ def decode_preamble(head: bytes, path: object) -> tuple[int, int]:
     if version != FORMAT_VERSION:
         raise StoreVersionError(
             f"{path} has store format version {version}, this fate reads version {FORMAT_VERSION}: "
-            "convert the checkpoint again with fate convert"
+            "convert the checkpoint again with fate convert, or run fate synth again"
         )
     return length, checksum
 

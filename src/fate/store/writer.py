@@ -130,7 +130,9 @@ class StoreWriter:
             return
         leftovers = [path for path in self.partial.iterdir() if path.name != _JOURNAL]
         if lines or leftovers:
-            _log.warning("%s is of another source or other options: starting again", self.partial)
+            _log.warning(
+                "%s is of another source, other options or another version of Fate: starting again", self.partial
+            )
         for path in leftovers:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         os.ftruncate(self._journal, 0)

@@ -37,7 +37,7 @@ std::vector<Item> make_items(const std::vector<Segment>& segments, int rows, int
     std::vector<Item> items;
     for (int s = 0; s < static_cast<int>(segments.size()); ++s) {
         const int per_item = item_rows(rows * static_cast<int>(std::min<size_t>(segments.size(), 8)), threads,
-                                       tile_kernels().banded(rows_per_pair * segments[s].pairs));
+                                       tile_kernels().banded(segments[s].up.mode, rows_per_pair * segments[s].pairs));
         for (int row = 0; row < rows; row += per_item) {
             for (int first = 0; first < segments[s].pairs; first += pairs) {
                 items.push_back(

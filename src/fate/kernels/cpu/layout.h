@@ -7,8 +7,9 @@
 //   affine              float16 [2, groups]: scales a, then offsets b; a weight is gain * (a * q + b)
 //
 // A row is cut into chunks of 16 groups, then at most one of 8, 4, 2 and 1 (the tail). In a chunk of n groups the
-// codes take turns by fours: columns 4f..4f+3 of each of its groups, then those of four f + 1. So dword j of every 64
-// bytes of codes is of group j % n, and what 32-bit lanes sum of their products are sums of groups, not of parts.
+// codes take turns by fours: the first four columns of each group, then the next four of each, and so on. So dword j of
+// every 64 bytes of codes is of group j % n, and what 32-bit lanes sum of their products are sums of groups, not of
+// parts.
 // Codes of int8 lie there in this order. A plane has 64 bytes for every 256 of them, or 32 or 16 for the 128 or 64 of
 // a chunk of 2 or 1: a run. Byte j of a run of B bytes holds four codes, bits 2k..2k+1 being code k * B + j of the
 // run, so one shift and mask yields 64 codes.

@@ -64,7 +64,7 @@ struct LinearPass {
         int64_t rows = 0, items = 0;
         for (const Product& product : products) rows += product.matrix.rows;
         const int per_item = item_rows(static_cast<int>(std::min<int64_t>(rows, 1 << 30)), threads,
-                                       kernels.banded(tokens));
+                                       kernels.banded(products.begin()->matrix.mode, tokens));
         const auto items_of = [&](const Product& product) {
             return static_cast<int64_t>((product.matrix.rows + per_item - 1) / per_item) * token_items;
         };

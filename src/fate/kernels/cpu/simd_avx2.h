@@ -1,4 +1,4 @@
-// AVX2, with AVX-VNNI or without: a group is two vectors. See simd.h.
+// AVX2, with AVX-VNNI or without: 64 codes are two vectors. See simd.h.
 //
 // Without VNNI, bytes are multiplied and added in pairs to 16 bits. Codes of 4 bits leave room to add up: a pair is at
 // most 2 * 15 * 127 = 3810, and eight of them fit. Codes of 8 bits are split into their low seven and their top bit,
@@ -13,7 +13,7 @@ namespace fate {
 namespace {
 
 struct Codes {
-    __m256i low, high;  // columns 0..31, 32..63
+    __m256i low, high;  // bytes 0..31, 32..63
 };
 struct Ints {
     __m256i low, high;
@@ -161,7 +161,8 @@ inline Ints from_lane(int at, Ints x, Ints y) {
     return {_mm256_blendv_epi8(x.low, y.low, load32(of_y)), _mm256_blendv_epi8(x.high, y.high, load32(of_y + 8))};
 }
 
-constexpr int kBandVectors = 1, kBandTokens = 4, kBandMinTokens = kVnni ? 8 : 24;
+constexpr int kBandVectors = 1, kBandTokens = 4;
+constexpr int kBandsInt4 = kVnni ? 12 : 16, kBandsInt2 = kBandsInt4, kBandsInt8 = kVnni ? 24 : 10;
 
 // A square of 8 times 8 dwords: first within 128-bit lanes, then the lanes themselves.
 inline void transpose_eight(const __m256i r[8], __m256i out[8]) {
@@ -207,18 +208,18 @@ inline __m256i load_four(const int8_t* activations) {
 }
 
 template <Mode mode, int n>
-inline void dot_band(const uint8_t* block, const uint8_t* next, Fours fours, const TokenRow* tokens, int64_t x,
+inline void dot_band(const uint8_t* block, const uint8_t* next, Pairs pairs, const TokenRow* tokens, int64_t x,
                      Ints dots[n][kBandVectors]) {
     constexpr bool kInPairs = !kVnni && mode != Mode::kInt8;  // 16 bits hold the products of eight fours
     constexpr int kVectors = mode == Mode::kInt8 ? 16 : 8, kTogether = kInPairs ? 4 : kVectors;
-    Ints sums[n], pairs[n];
+    Ints sums[n], halves[n];  // of 32 and of 16 bits
     const auto add_four = [&](const Codes& w, int four) {
 #pragma GCC unroll 4
         for (int t = 0; t < n; ++t) {
             const __m256i own = load_four(tokens[t].codes + x + 4 * four);
             if constexpr (kInPairs) {
-                pairs[t] = {_mm256_add_epi16(pairs[t].low, _mm256_maddubs_epi16(w.low, own)),
-                            _mm256_add_epi16(pairs[t].high, _mm256_maddubs_epi16(w.high, own))};
+                halves[t] = {_mm256_add_epi16(halves[t].low, _mm256_maddubs_epi16(w.low, own)),
+                            _mm256_add_epi16(halves[t].high, _mm256_maddubs_epi16(w.high, own))};
             } else {
                 sums[t] = {add_products(sums[t].low, w.low, own), add_products(sums[t].high, w.high, own)};
             }
@@ -228,23 +229,23 @@ inline void dot_band(const uint8_t* block, const uint8_t* next, Fours fours, con
     for (int t = 0; t < n; ++t) sums[t] = zero_ints();
     for (int first = 0; first < kVectors; first += kTogether) {
 #pragma GCC unroll 4
-        for (int t = 0; t < n; ++t) pairs[t] = zero_ints();
+        for (int t = 0; t < n; ++t) halves[t] = zero_ints();
         for (int i = first; i < first + kTogether; ++i) {
             prefetch(next + i * 64);
             const Codes codes = load_codes(block + i * 64);
             if constexpr (mode == Mode::kInt8) {
                 add_four(codes, i);
             } else {
-                add_four(both(codes, fill(0x0f)), fours.lower(i));
-                add_four(both(shift_right<4>(codes), fill(0x0f)), fours.lower(i) + fours.apart());
+                add_four(both(codes, fill(0x0f)), pairs.lower(i));
+                add_four(both(shift_right<4>(codes), fill(0x0f)), pairs.upper(i));
             }
         }
         if constexpr (kInPairs) {
             const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
             for (int t = 0; t < n; ++t) {
-                sums[t] = {_mm256_add_epi32(sums[t].low, _mm256_madd_epi16(pairs[t].low, ones)),
-                           _mm256_add_epi32(sums[t].high, _mm256_madd_epi16(pairs[t].high, ones))};
+                sums[t] = {_mm256_add_epi32(sums[t].low, _mm256_madd_epi16(halves[t].low, ones)),
+                           _mm256_add_epi32(sums[t].high, _mm256_madd_epi16(halves[t].high, ones))};
             }
         }
     }

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: a group is one vector. See simd.h.
+// AVX-512 with VNNI: 64 codes are one vector. See simd.h.
 #pragma once
 
 #include <immintrin.h>
@@ -100,7 +100,8 @@ inline Ints from_lane(int at, Ints x, Ints y) {
     return _mm512_mask_mov_epi32(x, static_cast<__mmask16>(0xffffu << at), y);
 }
 
-constexpr int kBandVectors = 2, kBandTokens = 8, kBandMinTokens = 4;
+constexpr int kBandVectors = 2, kBandTokens = 8;
+constexpr int kBandsInt4 = 9, kBandsInt2 = 9, kBandsInt8 = 12;
 
 // A square of 16 times 16 dwords: first within 128-bit lanes, then the lanes themselves.
 inline void transpose(Codes rows[kLanes]) {
@@ -143,7 +144,7 @@ inline void add_four(const Codes codes[kBandVectors], const int8_t* const x[n], 
 }
 
 template <Mode mode, int n>
-inline void dot_band(const uint8_t* block, const uint8_t* next, Fours fours, const TokenRow* tokens, int64_t x,
+inline void dot_band(const uint8_t* block, const uint8_t* next, Pairs pairs, const TokenRow* tokens, int64_t x,
                      Ints dots[n][kBandVectors]) {
     const int8_t* columns[n];
 #pragma GCC unroll 8
@@ -160,9 +161,9 @@ inline void dot_band(const uint8_t* block, const uint8_t* next, Fours fours, con
         } else {
             const Codes nibble = fill(0x0f);
             const Codes lower[2] = {both(codes[0], nibble), both(codes[1], nibble)};
-            add_four<n>(lower, columns, 4 * fours.lower(i), dots);
+            add_four<n>(lower, columns, 4 * pairs.lower(i), dots);
             const Codes upper[2] = {both(shift_right<4>(codes[0]), nibble), both(shift_right<4>(codes[1]), nibble)};
-            add_four<n>(upper, columns, 4 * (fours.lower(i) + fours.apart()), dots);
+            add_four<n>(upper, columns, 4 * pairs.upper(i), dots);
         }
     }
 }

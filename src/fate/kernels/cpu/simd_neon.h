@@ -1,4 +1,4 @@
-// NEON, with dot products (Armv8.2) or without: a group is four vectors. See simd.h.
+// NEON, with dot products (Armv8.2) or without: 64 codes are four vectors. See simd.h.
 //
 // Both multiply signed bytes: codes of 4 bits are that already; codes of 8 bits, less 128, are, and 128 times the sum
 // of the activations is added again. Without dot products there is no band kernel: rows serve any number of tokens.
@@ -177,7 +177,8 @@ inline Ints from_lane(int at, Ints x, Ints y) {
 
 #if defined(FATE_BAND_KERNEL)
 
-constexpr int kBandVectors = 1, kBandTokens = 4, kBandMinTokens = 8;
+constexpr int kBandVectors = 1, kBandTokens = 4;
+constexpr int kBandsInt4 = 8, kBandsInt2 = 8, kBandsInt8 = 8;
 
 // Squares of 4 times 4 words.
 inline void transpose(Codes rows[kLanes]) {
@@ -197,7 +198,7 @@ inline void transpose(Codes rows[kLanes]) {
 }
 
 template <Mode mode, int n>
-inline void dot_band(const uint8_t* block, const uint8_t* next, Fours fours, const TokenRow* tokens, int64_t x,
+inline void dot_band(const uint8_t* block, const uint8_t* next, Pairs pairs, const TokenRow* tokens, int64_t x,
                      Ints dots[n][kBandVectors]) {
     Ints sums[n];
     int32x4_t x_sums[n];
@@ -222,8 +223,8 @@ inline void dot_band(const uint8_t* block, const uint8_t* next, Fours fours, con
         if constexpr (mode == Mode::kInt8) {
             add_four(parts<Codes>([&](int p) { return vreinterpretq_u8_s8(less_128(codes.part[p])); }), i);
         } else {
-            add_four(both(codes, fill(0x0f)), fours.lower(i));
-            add_four(shift_right<4>(codes), fours.lower(i) + fours.apart());
+            add_four(both(codes, fill(0x0f)), pairs.lower(i));
+            add_four(shift_right<4>(codes), pairs.upper(i));
         }
     }
 #pragma GCC unroll 4

@@ -19,8 +19,8 @@ namespace fate {
 
 struct TileKernels {
     const char* name;
-    // Tokens from which bands pay, or a number no call reaches where there is no band kernel.
-    int band_min_tokens;
+    // Tokens from which bands pay, by mode, or a number no call reaches where there is no band kernel.
+    int band_min_tokens[3];
     // Weight rows of a band: fewer take as long.
     int band_rows;
     // Bytes of scratch a kernel needs per thread for a matrix of `groups` groups.
@@ -30,10 +30,10 @@ struct TileKernels {
     // The same in bands of rows; null: none. Writes to a tile's rows beyond `count` too.
     void (*bands)(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile, void* scratch);
 
-    bool banded(int n) const { return n >= band_min_tokens; }
+    bool banded(Mode mode, int n) const { return n >= band_min_tokens[static_cast<int>(mode)]; }
     void multiply(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile,
                   void* scratch) const {
-        (banded(n) ? bands : rows)(matrix, row, count, tokens, n, tile, scratch);
+        (banded(matrix.mode, n) ? bands : rows)(matrix, row, count, tokens, n, tile, scratch);
     }
 };
 

@@ -19,7 +19,7 @@ constexpr int kDepth = 5;  // most lanes, or sums of lanes, that wait for their 
 
 // Weight rows, the last of them repeated where the matrix ends.
 struct Band {
-    uint8_t* blocks;  // of the groups (see Fours in simd.h)
+    uint8_t* blocks;  // of the groups (see Pairs in simd.h)
     float* scales;  // [groups][kBandRows]
     float* offsets;
     float* sums;  // [kDepth][kBandTokens][kBandRows]
@@ -184,8 +184,8 @@ template <Mode mode, int n>
 inline void add_group(const Band& band, const TokenRow* tokens, int groups, int g, int next, bool first, float* lane) {
     Ints dots[n][kBandVectors];
     const uint8_t* block = band.blocks + g * block_bytes<mode>();
-    const Fours fours{fours_of_part(chunk_of(groups, g))};
-    dot_band<mode, n>(block, band.blocks + next * block_bytes<mode>(), fours, tokens, g * kGroup, dots);
+    const Pairs pairs{fours_of_part(chunk_of(groups, g))};
+    dot_band<mode, n>(block, band.blocks + next * block_bytes<mode>(), pairs, tokens, g * kGroup, dots);
 #pragma GCC unroll 2
     for (int v = 0; v < kBandVectors; ++v) {
         const Floats scales = load_floats16(band.scales + g * kBandRows + v * kLanes);

@@ -104,6 +104,6 @@ void portable_rows(const Matrix& matrix, int row, int count, const TokenRow* tok
 
 }  // namespace
 
-const TileKernels kPortableTiles = {"portable", INT32_MAX, 1, portable_scratch_bytes, portable_rows, nullptr};
+const TileKernels kPortableTiles = {"portable", {INT32_MAX, INT32_MAX, INT32_MAX}, 1, portable_scratch_bytes, portable_rows, nullptr};
 
 }  // namespace fate

@@ -9,10 +9,11 @@
 namespace fate {
 
 #if defined(FATE_BAND_KERNEL)
-const TileKernels FATE_TILES = {FATE_TILES_NAME, kBandMinTokens, kBandRows, band_bytes, simd_rows, simd_bands};
+const TileKernels FATE_TILES = {
+    FATE_TILES_NAME, {kBandsInt4, kBandsInt2, kBandsInt8}, kBandRows, band_bytes, simd_rows, simd_bands};
 #else
 static int64_t no_scratch(int) { return 0; }
-const TileKernels FATE_TILES = {FATE_TILES_NAME, INT32_MAX, 1, no_scratch, simd_rows, nullptr};
+const TileKernels FATE_TILES = {FATE_TILES_NAME, {INT32_MAX, INT32_MAX, INT32_MAX}, 1, no_scratch, simd_rows, nullptr};
 #endif
 
 }  // namespace fate

@@ -219,15 +219,15 @@ def test_what_is_asked_for_besides(taken: Taken) -> None:
 
 def test_gradients_are_not_lost(taken: Taken) -> None:
     with loaded() as model:
-        cache = begin(model)
-        decode(model, cache, count=4)
-        taken.layers = taken.blocks = 0
-        with torch.inference_mode(False), torch.enable_grad():
-            of_layer(model).mlp.shared_expert_gate.weight.requires_grad_(True)
-            cache = begin(model)
-            out = model.model(IDS[:, PROMPT : PROMPT + 1], past_key_values=cache)
-        assert taken.layers == 0
-        assert out.last_hidden_state.requires_grad
+        for gradients in (False, True):
+            with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+                of_layer(model).mlp.shared_expert_gate.weight.requires_grad_(gradients)
+                cache = begin(model)
+                for at in range(PROMPT, PROMPT + 5):
+                    before = taken.layers
+                    out = model.model(IDS[:, at : at + 1], past_key_values=cache).last_hidden_state
+            assert (taken.layers > before) == (not gradients)
+            assert out.requires_grad == gradients
 
 
 def test_other_caches_batches_and_modes(taken: Taken) -> None:

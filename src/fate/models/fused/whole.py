@@ -69,9 +69,7 @@ class WholeLayer:
         """The layer's answer; where an expert is not in memory, what its second half is asked with. None, and nothing
         is done, where the call must go other ways."""
         cached = planned(given["past_key_values"], self._index)
-        if cached is None or not self._layer.quiet:
-            return None
-        return self._compute(x, given["position_embeddings"], cached)
+        return None if cached is None else self._compute(x, given["position_embeddings"], cached)
 
     def gives(self, expected: Tensor, x: Tensor, given: dict[str, Any]) -> bool | None:
         """Whether it gives the bits that the other way has just given, over a copy of the cache without the new token;

@@ -9,7 +9,10 @@ import fate
 from fate.cache import POLICIES
 from fate.core import ExpertKey, Precision, Prediction, Routing
 from fate.runtime.manager import ExpertManager
+from fate.systems import System
 from tiny import tiny_store
+
+MIXED = System("mixed", predictor="cross-layer", policy="lru", precision="popularity")  # a prompt reads some to less
 
 
 def manager_of(model):
@@ -100,4 +103,95 @@ def test_a_router_that_chooses_nobody():
             index, weights = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2, dtype=model.dtype)
             assert not layer.forward(x, index, weights).any()
             assert not layer.forward(x, index + layer._num_experts, weights + 1).any()
+        assert manager.sound
+
+
+def test_the_table_of_slots_says_what_is_cached_whole():
+    with fate.load(tiny_store("qwen2_moe"), experts="60%", system=MIXED) as model, torch.inference_mode():
+        manager, draw, whole = manager_of(model), random.Random(5), 0
+        cache = manager.cache
+        for step in range(300):
+            manager.begin_phase(prefill=step % 10 == 0)
+            layer = draw.randrange(len(manager.header.layers))
+            counts = dict.fromkeys(draw.sample(range(manager.header.layers[layer].num_experts), 2), 1)
+            with (
+                manager.lock,
+                manager.begin(Routing(layer, counts, 9 if manager.prefill else 1, manager.prefill)) as lease,
+            ):
+                list(lease)
+            if step == 200:
+                manager.cache.clear()
+            for at, slots in enumerate(map(cache.whole_slots, range(len(manager.header.layers)))):
+                named = {expert: slot for expert, slot in enumerate(slots) if slot >= 0}
+                held = {expert: entry for expert, entry in cache._cached[at].items() if cache.whole(at, [expert])}
+                assert named == {expert: entry.slot for expert, entry in held.items()}
+                whole += len(held)
+        assert cache.evictions > 50
+        assert whole > 500
+
+
+def one_token_in_the_base_model(model, cache, token):
+    """Around the hooks that end a step."""
+    return model.model(torch.tensor([[token]]), past_key_values=cache).last_hidden_state
+
+
+def test_what_was_put_off_is_done_before_anything_else():
+    with fate.load(tiny_store("qwen2_moe"), experts="100%", system="load-on-demand") as model, torch.inference_mode():
+        manager, cache = manager_of(model), model.fate.new_cache(model.config)
+        for layer, stored in enumerate(manager.header.layers):
+            with manager.lock, manager.begin(Routing(layer, dict.fromkeys(range(stored.num_experts), 1))) as lease:
+                list(lease)
+        model(torch.arange(5)[None], past_key_values=cache)
+        for token in range(3):
+            model(torch.tensor([[token]]), past_key_values=cache)
+
+        def accesses():
+            return sum(stats.accesses for stats in manager._phases[False])
+
+        def lease_on_an_expert():
+            with manager.lock, manager.begin(Routing(0, {0: 1})) as lease:
+                list(lease)
+
+        def change_of_residency():
+            with manager.lock, manager.between_leases():
+                pass
+
+        for wants, more in (
+            (lambda: model.fate.stats(), 0),
+            (lease_on_an_expert, 1),
+            (change_of_residency, 0),
+            (lambda: manager.begin_phase(prefill=False), 0),
+            (model.fate.engine.begin_request, 0),
+            (lambda: model.fate.record_routing().__enter__(), 0),
+            (lambda: model.fate.record().__enter__(), 0),
+        ):
+            before = accesses()
+            one_token_in_the_base_model(model, cache, 7)
+            assert accesses() == before, "put off"
+            wants()
+            assert accesses() == before + 3 * model.config.num_experts_per_tok + more
+            manager.timeline = manager.recorder = None
+        before = accesses()
+        model(torch.tensor([[7]]), past_key_values=cache)
+        assert accesses() > before, "a step's accounts end with it"
+
+
+def test_interrupted_in_an_account_the_next_lease_starts_from_an_empty_cache(monkeypatch):
+    with fate.load(tiny_store("qwen2_moe"), experts="100%", system="load-on-demand") as model, torch.inference_mode():
+        manager, cache = manager_of(model), model.fate.new_cache(model.config)
+        model(torch.arange(40)[None], past_key_values=cache)
+        expected = model(torch.tensor([[7]]), past_key_values=cache).logits
+        cache.crop(-1)
+
+        def interrupted():
+            raise KeyboardInterrupt
+
+        manager.later(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.fate.stats()
+        assert not manager.sound
+        assert not manager._unsettled
+        before = model.fate.stats()
+        assert torch.equal(model(torch.tensor([[7]]), past_key_values=cache).logits, expected)
+        assert (model.fate.stats() - before).decode.hits == 0
         assert manager.sound

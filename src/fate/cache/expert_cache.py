@@ -17,6 +17,7 @@ Owns no bytes, no threads, no clock; every call is made under the owner's lock.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -67,6 +68,7 @@ class ExpertCache(Generic[T]):
         self.evictions = 0
         self.pinned: set[ExpertKey] = set()  # experts a lease computes with: never evicted
         self._policy = policy
+        self._whole_in = [array("q") for _ in capacities]  # see `whole_slots`
         self.clear()
 
     def clear(self) -> None:
@@ -76,6 +78,8 @@ class ExpertCache(Generic[T]):
         self._cached: list[dict[int, Entry[T]]] = [{} for _ in self.capacities]  # of each layer, by expert
         self._staged: dict[ExpertKey, Entry[T]] = {}
         self._entries: dict[ExpertKey, Entry[T]] = {}
+        for slots in self._whole_in:
+            del slots[:]
         self._free = list(range(self.num_slots - 1, -1, -1))  # popped from the end: slot 0 first
 
     def lookup(self, key: ExpertKey) -> Entry[T] | None:
@@ -90,6 +94,19 @@ class ExpertCache(Generic[T]):
                 return None
             found.append(entry)
         return found
+
+    def whole_slots(self, layer: int) -> array[int]:
+        """By expert, the slot of those that are cached, read whole and not being read; -1, or beyond the end, of
+        others. What is whole stays so for as long as it is cached."""
+        return self._whole_in[layer]
+
+    def settled(self, entry: Entry[T]) -> None:
+        """What is read into the entry's slot has been: it is no longer being read."""
+        if entry.staged or entry.precision is not Precision.FULL or entry.transfer is not None:
+            return
+        slots, expert = self._whole_in[entry.key.layer], entry.key.expert
+        slots.extend([-1] * (expert + 1 - len(slots)))
+        slots[expert] = entry.slot
 
     def touch(self, entry: Entry[T]) -> None:
         """A cached expert was accessed."""
@@ -119,6 +136,7 @@ class ExpertCache(Generic[T]):
         del self._staged[entry.key]
         entry.staged = False
         self._count_cached(entry)
+        self.settled(entry)
         return True
 
     def drop(self, entry: Entry[T], *, keep_slot: bool = False) -> None:
@@ -129,6 +147,8 @@ class ExpertCache(Generic[T]):
         else:
             del self._cached[entry.key.layer][entry.key.expert]
             self._policies[entry.key.layer].on_evict(entry.key.expert)
+            if entry.key.expert < len(slots := self._whole_in[entry.key.layer]):
+                slots[entry.key.expert] = -1
         if not keep_slot:
             self._free.append(entry.slot)
 

@@ -184,8 +184,8 @@ def project_heads(
         matrices[0].address(dtype),
         matrices[1].address(dtype),
         matrices[2].address(dtype),
-        *_head_norms(norms, dtype),
-        _rotary(rotary, dtype, batch),
+        *head_norm_addresses(norms, dtype),
+        rotary_address(rotary, dtype, batch),
         x.data_ptr(),
         DTYPE_CODES[dtype],
         batch,
@@ -196,12 +196,12 @@ def project_heads(
     return outs[0], outs[1], outs[2]
 
 
-def _head_norms(norms: HeadNorms, dtype: torch.dtype) -> tuple[NormAddress, NormAddress]:
+def head_norm_addresses(norms: HeadNorms, dtype: torch.dtype) -> tuple[NormAddress, NormAddress]:
     query, key = norms
     return _NO_NORM if query is None else query.address(dtype), _NO_NORM if key is None else key.address(dtype)
 
 
-def _rotary(rotary: tuple[Tensor, Tensor], dtype: torch.dtype, batch: int) -> tuple[int, int, int, int]:
+def rotary_address(rotary: tuple[Tensor, Tensor], dtype: torch.dtype, batch: int) -> tuple[int, int, int, int]:
     cos, sin = rotary
     if cos.shape != sin.shape or cos.dtype != dtype or sin.dtype != dtype or cos.shape[0] not in (1, batch):
         raise ValueError(f"cos and sin must be {dtype} [{batch} or 1, 1, dim], not {cos.dtype} {tuple(cos.shape)}")
@@ -262,8 +262,8 @@ def attention_half(
     native.extension().attention_half(
         (norms[0].address(dtype), norms[1].address(dtype)),
         (query.address(dtype), key.address(dtype), value.address(dtype), output.address(dtype)),
-        _head_norms(head_norms, dtype),
-        _rotary(rotary, dtype, batch),
+        head_norm_addresses(head_norms, dtype),
+        rotary_address(rotary, dtype, batch),
         x.data_ptr(),
         DTYPE_CODES[dtype],
         batch,

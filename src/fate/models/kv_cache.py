@@ -25,6 +25,15 @@ def planned_cache(config: PreTrainedConfig, max_context: int) -> DynamicCache:
     return cache
 
 
+def planned(cache: Any, index: int) -> PlannedLayer | None:
+    """The layer of the cache, where it is one that may be written to by hand."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    replaced = "update" in cache.__dict__ or "update" in layer.__dict__  # someone wants to hear of it
+    return layer if type(layer) is PlannedLayer and not replaced else None
+
+
 class PlannedLayer(DynamicLayer):
     """`keys` and `values` [batch, heads, tokens, dim] are views of the first tokens of larger buffers, made when they
     are asked for; other tensors may be put in their place, as beam search and `crop` do."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fate import kernels
 from fate.core import Precision, Routing
+from fate.kernels.block import BlockRun, PooledExperts
 from fate.models.activation import recognise
 from fate.models.adapter import MoELayer
 from fate.models.routers import RouterGate
@@ -27,10 +29,13 @@ from fate.runtime.slots import SlotPool
 from fate.runtime.switch import PrefetchSwitch
 
 EXPERTS_FUNCTION = "fate"
+Ran = TypeVar("Ran")
 
 
 class LayerRuntime:
     """Computes one MoE layer from the slots of an engine (`bind`). `gate` remembers what the layer's router sees."""
+
+    function = EXPERTS_FUNCTION
 
     def __init__(self, layer: MoELayer, gate: RouterGate | None) -> None:
         self.index = layer.index
@@ -39,6 +44,7 @@ class LayerRuntime:
         self._num_experts = layer.num_experts
         self._gate = gate
         self._activation = recognise(layer.experts)
+        self.hooks: list[Any] = [self.on_router]  # ours, on router and block
         self._compute = self._generic if self._activation is None else self._fused
         self._gate_input: torch.Tensor | None = None
         self._early: dict[int, int] | None = None  # what the router said when it was asked early
@@ -50,6 +56,10 @@ class LayerRuntime:
         self._predictor = predictor
         self._switch = switch
         self._layout = manager.header.layout(self.index)
+        module, packed = self._experts, not self._layout.is_raw
+        self._joins = packed and self._activation is not None and not (module.has_bias or module.has_post_expert_norm)
+        activation, slots = self._activation or kernels.SWIGLU, manager.cache.whole_slots(self.index)
+        self.pooled = PooledExperts(self._layout, activation, pool.tensor, pool.slot_bytes, slots)
         self._gate_input = self._early = None
         self.measure_again()
 
@@ -103,6 +113,41 @@ class LayerRuntime:
             manager.recorder.record(lease.routing)
         return out
 
+    @property
+    def quiet(self) -> bool:
+        """Whether a block may be computed whole: it is of a known kind, no predictor wants to be asked first, and the
+        next lease would go on with the experts there are."""
+        manager = self.manager
+        return self._joins and manager.ready and (not self._switch.on or manager.all_cached)
+
+    def compute_whole(self, compute: Callable[[PooledExperts], Ran], *, rehearsal: bool = False) -> Ran | None:
+        """`compute` the whole block of one token from the experts in memory, and account for its BlockRun (unless it is
+        a rehearsal); it may give anything else where one is not in memory. None, and nothing is done, where that takes
+        the modules themselves, such as where a predictor is to be asked."""
+        manager = self.manager
+        with manager.lock:
+            if not self.quiet:
+                return None
+            start = time.perf_counter()
+            run = compute(self.pooled)
+            if isinstance(run, BlockRun) and not rehearsal:
+                self._early = self._gate_input = None
+                manager.later(functools.partial(self._account, run, start))
+        return run
+
+    def _account(self, run: BlockRun, start: float) -> None:
+        """Of a block that was computed whole, from `start` on."""
+        manager = self.manager
+        routing = self._routing(dict.fromkeys(run.experts, 1), 1)
+        if self._gate is not None:
+            self._gate.record((run.x.view(1, -1),), {})
+        manager.use_whole(routing)
+        self._payoffs[manager.prefill].waited(0.0)
+        self._note(start + run.routed_s, "compute", "expert_compute_s", start + run.computed_s)
+        self._note(start + run.routed_s, "layer", "total_s", start + run.summed_s)
+        if manager.recorder is not None:
+            manager.recorder.record(routing)
+
     def _lease(self, work: _Work) -> Lease:
         """Demand what is missing and guess what comes after, unless that was done early, on the same word."""
         early, self._early = self._early, None
@@ -124,8 +169,8 @@ class LayerRuntime:
         self.manager.guess(self._predictor.predict(routing, gate_input), routing.tokens)
         self._note(start, "predict", "predict_s")
 
-    def _note(self, start: float, kind: str, counter: str) -> None:
-        end = time.perf_counter()
+    def _note(self, start: float, kind: str, counter: str, end: float | None = None) -> None:
+        end = time.perf_counter() if end is None else end
         stats = self.manager.stats[self.index]
         setattr(stats, counter, getattr(stats, counter) + end - start)
         if self.manager.timeline is not None:

@@ -32,6 +32,7 @@ class EarlyRouter:
         self._others_first = False
         assert layer.router is not None
         layer.block.register_forward_pre_hook(self._on_block, with_kwargs=True)
+        runtime.hooks.append(self._on_block)  # where no predictor is asked, none of our demands is early
         self._watching = [layer.router.register_forward_pre_hook(self._on_router, with_kwargs=True)]
         for child in layer.block.children():
             if child not in (layer.router, layer.experts):

@@ -41,6 +41,7 @@ class Engine:
     def begin_request(self) -> None:
         """A new sequence starts: with some systems prediction and eviction go by it."""
         with self.manager.lock:
+            self.manager.settle_accounts()
             self.predictor.begin_request()
             self.manager.cache.begin_request()
             if self.manager.recorder is not None:

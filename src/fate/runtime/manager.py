@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -64,6 +64,7 @@ class ExpertManager:
         self.link_load = 0.0  # share of the last decoding steps in which the link was busy
         self._step_began: tuple[float, float] | None = None  # when, and the link's busy seconds by then
         self._closed = self._interrupted = False
+        self._unsettled: list[Callable[[], None]] = []  # see `later`
         self._seen: list[set[int]] = [set() for _ in range(num_layers)]  # experts ever accessed
         self._num_experts = sum(layer.num_experts for layer in header.layers)
         self._named: dict[int, set[int]] = {}  # experts named for a layer since it last ran
@@ -74,6 +75,7 @@ class ExpertManager:
 
     def begin_phase(self, prefill: bool) -> None:
         """What follows is counted as a prompt's or as decoding."""
+        self.settle_accounts()
         now, busy_s = time.perf_counter(), self.scheduler.busy_s()
         last = self._step_began
         if last is not None and not self.prefill and now > last[0]:
@@ -85,6 +87,7 @@ class ExpertManager:
 
     def layer_stats(self, prefill: bool) -> list[StepStats]:
         """Counters of each layer in one phase since loading."""
+        self.settle_accounts()
         return [replace(stats) for stats in self._phases[prefill]]
 
     def meter(self, transfer: Transfer, guessed_bytes: int, demanded_bytes: int) -> None:
@@ -114,6 +117,7 @@ class ExpertManager:
         """Open a lease on the experts of `routing`, from an empty cache if the last one did not end well."""
         if self._closed:
             raise ClosedError()
+        self.settle_accounts()
         if not self.sound:
             self.scheduler.quiesce()
             self._draining.clear()
@@ -139,6 +143,30 @@ class ExpertManager:
             s.hits += len(entries)
         return entries
 
+    def later(self, account: Callable[[], None]) -> None:
+        """Account for a use of experts that `ExpertCache.whole_slots` named while it was `ready` (by `use_whole`), but
+        only before anything else changes residency or wants to see the counters. One account after another takes a
+        fraction of what it takes between kernels, whose weights push the interpreter out of the processor's cache."""
+        self._unsettled.append(account)
+
+    def settle_accounts(self) -> None:
+        """Do what was put off."""
+        if not self._unsettled:
+            return
+        with self.lock:
+            accounts, self._unsettled = self._unsettled, []
+            if self.sound:
+                self._interrupted = True
+                for account in accounts:
+                    account()
+                self._interrupted = False
+
+    def use_whole(self, routing: Routing) -> None:
+        """A lease that was begun and ended, as an account."""
+        self.reap()
+        self.take_whole(routing)
+        self.pump()
+
     def end(self, lease: Lease) -> None:
         """The lease ended well."""
         if self.lease is lease:
@@ -150,9 +178,15 @@ class ExpertManager:
         """Between two leases: whether all that was done to residency ended well."""
         return self.lease is None and not self._interrupted
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next lease neither is refused nor starts from an empty cache."""
+        return self.sound and not self._closed
+
     @contextmanager
     def between_leases(self) -> Iterator[None]:
         """Around changes of residency while no lease is open; only where it is `sound`."""
+        self.settle_accounts()
         self._interrupted = True
         yield
         self._interrupted = False
@@ -298,6 +332,7 @@ class ExpertManager:
         entry.transfer = None
         if transfer.state is State.DONE:
             entry.precision = transfer.precision
+            self.cache.settled(entry)
         elif entry.precision is None or transfer.state is State.FAILED:
             self.cache.drop(entry)
             return False

@@ -95,21 +95,25 @@ class Session:
         """Note down what happens when, as long as the context is open."""
         timeline = timeline or Timeline()
         manager = self.engine.manager
+        manager.settle_accounts()
         manager.timeline = manager.scheduler.timeline = timeline
         try:
             yield timeline
         finally:
+            manager.settle_accounts()
             manager.timeline = manager.scheduler.timeline = None
 
     @contextmanager
     def record_routing(self, model_name: str = "") -> Iterator[Recorder]:
         """Note down every layer's routing as a trace, as long as the context is open."""
         manager = self.engine.manager
+        manager.settle_accounts()
         counts = tuple(layer.num_experts for layer in manager.header.layers)
         manager.recorder = Recorder(TraceMeta(model_name, counts, self._assembly.top_k))
         try:
             yield manager.recorder
         finally:
+            manager.settle_accounts()
             manager.recorder = None
 
     def reconfigure(
@@ -216,6 +220,7 @@ class Session:
             return
         self._step.account = None
         prefill, tokens, start = account
+        self.engine.manager.settle_accounts()
         seconds = time.perf_counter() - start
         if not prefill:
             self.engine.switch.end_step(seconds)

@@ -155,3 +155,27 @@ def attention_half(
 def gated_mlp(
     gate: Packed, up: Packed, down: Packed, x: int, dtype: int, tokens: int, out: int, threads: int
 ) -> None: ...
+
+BlockForm = tuple[
+    int, int, tuple[int, int, int, bool, int], Record, ExpertActivation, tuple[Packed, Packed, Packed] | None
+]
+Residency = tuple[int, int, int, int, int]
+Ran = tuple[list[int], float, float, float] | None
+
+def sparse_block(form: BlockForm, residency: Residency, x: int, dtype: int, out: int, threads: int) -> Ran: ...
+def decoder_layer(
+    half: tuple[tuple[NormOf, NormOf], tuple[Packed, Packed, Packed, Packed], tuple[NormOf, NormOf], int, float],
+    block: BlockForm,
+    rotary: tuple[int, int, int, int],
+    cache: tuple[int, tuple[int, int, int], int, tuple[int, int, int], int],
+    residency: Residency,
+    x: int,
+    dtype: int,
+    out: tuple[int, int, int],
+    threads: int,
+) -> Ran: ...
+def unchanged(
+    entries: tuple[tuple[dict[object, object], object, object], ...],
+    sizes: tuple[tuple[dict[object, object], int], ...],
+    tensors: tuple[tuple[object, int], ...],
+) -> bool: ...

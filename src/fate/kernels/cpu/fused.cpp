@@ -181,6 +181,8 @@ void add_gated(const void* experts, const void* shared, const void* x, const voi
     }
 }
 
+void add_values(const void* x, const void* y, DType dtype, int64_t count, void* out) { add(dtype, x, y, count, out); }
+
 void attend_project(AttentionCall call, const Matrix& matrix, const void* bias, void* out) {
     std::vector<float> heads(call.batch * call.heads * call.value_dim);
     call.out = heads.data();

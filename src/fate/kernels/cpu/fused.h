@@ -56,6 +56,9 @@ void gated_mlp(const Matrix& gate, const Matrix& up, const Matrix& down, const v
 void add_gated(const void* experts, const void* shared, const void* x, const void* weight, DType dtype, int64_t tokens,
                int hidden, void* out);
 
+// x + y, both [count] -> out; of `dtype`.
+void add_values(const void* x, const void* y, DType dtype, int64_t count, void* out);
+
 // What attention gives of `call`, times the matrix plus bias (or null) -> out [batch, rows]; call.out is set here.
 void attend_project(AttentionCall call, const Matrix& matrix, const void* bias, void* out);
 

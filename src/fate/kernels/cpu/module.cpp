@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "block.h"
 #include "fused.h"
 #include "gate.h"
 #include "linear.h"
@@ -79,6 +80,12 @@ ExpertActivation make_activation(int kind, bool gated, bool interleaved, float a
     return {static_cast<ActivationKind>(kind), gated, interleaved, alpha, gate_max, act_max, up_limit, up_offset};
 }
 
+void require_expert(const Record& record, const ExpertActivation& activation) {
+    require(record.count == 2 && record.places[0].rows == (activation.gated ? 2 : 1) * record.places[1].cols &&
+                record.places[0].cols == record.places[1].rows,
+            "an expert needs matrices [2I, H], or [I, H] where nothing gates, and [H, I]");
+}
+
 // Biases of both matrices [experts, rows], their dtype, how many experts, and which of these each of a call's is.
 using Biases = std::tuple<uint64_t, uint64_t, int, int64_t, std::vector<int64_t>>;
 
@@ -88,9 +95,7 @@ void bind_experts(const Record& record, const ExpertActivation& activation, cons
                   int64_t num_pairs, uint64_t x, int dtype, int64_t tokens, uint64_t rows, int64_t top_k,
                   int threads) {
     const size_t count = slot_offsets.size();
-    require(record.count == 2 && record.places[0].rows == (activation.gated ? 2 : 1) * record.places[1].cols &&
-                record.places[0].cols == record.places[1].rows,
-            "an expert needs matrices [2I, H], or [I, H] where nothing gates, and [H, I]");
+    require_expert(record, activation);
     require(precisions.size() == count && pair_offsets.size() == count + 1,
             "slot_offsets, precisions and pair_offsets must have E, E and E + 1 entries");
     require(pair_offsets.front() >= 0 && pair_offsets.back() <= num_pairs, "pair_offsets reach outside of pairs");
@@ -286,11 +291,15 @@ void bind_project_heads(const Packed& query, const Packed& key, const Packed& va
     project_heads(call);
 }
 
+void require_gated_mlp(const Matrix& gate, const Matrix& up, const Matrix& down) {
+    require(gate.cols == up.cols && gate.rows == up.rows && down.cols == gate.rows,
+            "a gated MLP needs matrices [I, H], [I, H] and [O, I]");
+}
+
 void bind_gated_mlp(const Packed& gate, const Packed& up, const Packed& down, uint64_t x, int dtype, int64_t tokens,
                     uint64_t out, int threads) {
     const Matrix first = dense_matrix(gate), second = dense_matrix(up), third = dense_matrix(down);
-    require(first.cols == second.cols && first.rows == second.rows && third.cols == first.rows,
-            "a gated MLP needs matrices [I, H], [I, H] and [O, I]");
+    require_gated_mlp(first, second, third);
     nb::gil_scoped_release release;
     gated_mlp(first, second, third, pointer<const void>(x), static_cast<DType>(dtype), tokens, pointer<void>(out),
               threads);
@@ -307,11 +316,15 @@ void bind_attend_project(uint64_t q, uint64_t keys, Strides key_strides, uint64_
     attend_project(call, matrix, pointer<const void>(std::get<2>(packed)), pointer<void>(out));
 }
 
-void bind_attention_half(std::tuple<NormOf, NormOf> norms, std::tuple<Packed, Packed, Packed, Packed> matrices,
-                         std::tuple<NormOf, NormOf> head_norms, const RotaryOf& rotary, uint64_t x, int dtype,
-                         int64_t tokens, int head_dim,
-                         std::tuple<uint64_t, Strides, uint64_t, Strides, int64_t> cache, float scale,
-                         std::tuple<uint64_t, uint64_t> out, int threads) {
+using HalfNorms = std::tuple<NormOf, NormOf>;                      // before attention and after it
+using HalfMatrices = std::tuple<Packed, Packed, Packed, Packed>;   // of queries, keys, values and the output
+// Keys, values, and the positions there are with the new one.
+using CachePlace = std::tuple<uint64_t, Strides, uint64_t, Strides, int64_t>;
+
+AttentionHalf attention_half_of(const HalfNorms& norms, const HalfMatrices& matrices, const HalfNorms& head_norms,
+                                const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens, int head_dim,
+                                const CachePlace& cache, float scale, std::tuple<uint64_t, uint64_t> out,
+                                int threads) {
     const auto& [query, key, value, output] = matrices;
     const auto& [keys, key_strides, values, value_strides, length] = cache;
     AttentionHalf half{};
@@ -333,8 +346,101 @@ void bind_attention_half(std::tuple<NormOf, NormOf> norms, std::tuple<Packed, Pa
     require(half.before.cols == hidden && half.after.cols == hidden && half.output.rows == hidden &&
                 half.output.cols == heads * head_dim && half.heads.value.matrix.rows == kv_heads * head_dim,
             "norms, matrices and heads must fit one another");
+    return half;
+}
+
+void bind_attention_half(const HalfNorms& norms, const HalfMatrices& matrices, const HalfNorms& head_norms,
+                         const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens, int head_dim,
+                         const CachePlace& cache, float scale, std::tuple<uint64_t, uint64_t> out, int threads) {
+    const AttentionHalf half = attention_half_of(norms, matrices, head_norms, rotary, x, dtype, tokens, head_dim, cache,
+                                                 scale, out, threads);
     nb::gil_scoped_release release;
     attention_half(half);
+}
+
+// A router's weights, the gate of a shared expert (0: there is none); experts, hidden, top_k, normalize, scores' dtype;
+// an expert and its activation; the shared expert.
+using BlockForm = std::tuple<uint64_t, uint64_t, std::tuple<int, int, int, bool, int>, const Record*,
+                             const ExpertActivation*, std::optional<std::tuple<Packed, Packed, Packed>>>;
+// The pool, its slots' bytes, how many, which of them the first experts are in, and how many experts those are.
+using Residency = std::tuple<uint64_t, int64_t, int64_t, uint64_t, int64_t>;
+// The experts computed, and when; none where nothing was computed, as one of those chosen is not in memory.
+using Ran = std::optional<std::tuple<std::vector<int>, double, double, double>>;
+
+// shared: where to keep what the block refers to.
+SparseBlock block_of(const BlockForm& form, const Residency& residency, int dtype, int threads, SharedExpert& shared) {
+    const auto& [weights, share, router, record, activation, mlp] = form;
+    const auto [experts, hidden, top_k, normalize, score_dtype] = router;
+    const auto [pool, slot_bytes, num_slots, slots, known] = residency;
+    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
+    require_expert(*record, *activation);
+    require(record->places[0].cols == hidden, "router and experts must take the same");
+    require(slot_bytes >= record->bytes && slot_bytes % 64 == 0 && pool % 64 == 0 && num_slots >= 0 && known >= 0,
+            "slots must hold a record each, aligned to 64 bytes");
+    if (mlp) {
+        const auto& [gate, up, down] = *mlp;
+        shared = {dense_matrix(gate), dense_matrix(up), dense_matrix(down), pointer<const void>(share)};
+        require_gated_mlp(shared.gate, shared.up, shared.down);
+        require(shared.gate.cols == hidden && shared.down.rows == hidden && share != 0, "the shared expert must fit");
+    }
+    return {nullptr, static_cast<DType>(dtype), hidden, pointer<const void>(weights), experts, top_k, normalize,
+            static_cast<DType>(score_dtype), record, *activation, pointer<const uint8_t>(pool), slot_bytes, num_slots,
+            pointer<const int64_t>(slots), known, mlp ? &shared : nullptr, nullptr, threads};
+}
+
+Ran ran(BlockRun run) {
+    if (!run.whole) return std::nullopt;
+    return std::make_tuple(std::move(run.experts), run.routed_s, run.computed_s, run.summed_s);
+}
+
+Ran bind_sparse_block(const BlockForm& form, const Residency& residency, uint64_t x, int dtype, uint64_t out,
+                      int threads) {
+    SharedExpert shared{};
+    SparseBlock block = block_of(form, residency, dtype, threads, shared);
+    block.x = pointer<const void>(x);
+    block.out = pointer<void>(out);
+    return ran([&] {
+        nb::gil_scoped_release release;
+        return sparse_block(block);
+    }());
+}
+
+// half: both norms, matrices, norms of heads, dim of a head and scale.
+Ran bind_decoder_layer(const std::tuple<HalfNorms, HalfMatrices, HalfNorms, int, float>& half_form,
+                       const BlockForm& form, const RotaryOf& rotary, const CachePlace& cache,
+                       const Residency& residency, uint64_t x, int dtype,
+                       std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
+    const auto& [norms, matrices, head_norms, head_dim, scale] = half_form;
+    const auto [residual, normed, sum] = out;
+    SharedExpert shared{};
+    const AttentionHalf half = attention_half_of(norms, matrices, head_norms, rotary, x, dtype, 1, head_dim, cache,
+                                                 scale, {residual, normed}, threads);
+    const SparseBlock block = block_of(form, residency, dtype, threads, shared);
+    require(block.hidden == half.after.cols, "the block must take what attention gives");
+    return ran([&, sum = sum] {
+        nb::gil_scoped_release release;
+        return decoder_layer(half, block, pointer<void>(sum));
+    }());
+}
+
+// Whether every (dict, key, value) of `entries` is still so, by identity (None: no such key, or None), every (dict,
+// size) of `sizes`, and every (tensor, data_ptr) of `tensors`.
+bool bind_unchanged(const nb::tuple& entries, const nb::tuple& sizes, const nb::tuple& tensors) {
+    for (const nb::handle entry : entries) {
+        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
+        PyObject* const value = PyDict_GetItemWithError(parts[0].ptr(), parts[1].ptr());
+        if (value == nullptr && PyErr_Occurred() != nullptr) throw nb::python_error();
+        if ((value == nullptr ? Py_None : value) != parts[2].ptr()) return false;
+    }
+    for (const nb::handle entry : sizes) {
+        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
+        if (PyDict_Size(parts[0].ptr()) != nb::cast<Py_ssize_t>(parts[1])) return false;
+    }
+    for (const nb::handle entry : tensors) {
+        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
+        if (nb::cast<uint64_t>(parts[0].attr("data_ptr")()) != nb::cast<uint64_t>(parts[1])) return false;
+    }
+    return true;
 }
 
 }  // namespace
@@ -345,6 +451,9 @@ NB_MODULE(_cpu, m) {
     m.def("linear", &bind_linear);
     m.def("experts", &bind_experts);
     m.def("reduce_rows", &bind_reduce_rows);
+    m.def("sparse_block", &bind_sparse_block);
+    m.def("decoder_layer", &bind_decoder_layer);
+    m.def("unchanged", &bind_unchanged);
     m.def("gather_rows", &bind_gather_rows);
     m.def("attend", &bind_attend);
     m.def("attend_project", &bind_attend_project);

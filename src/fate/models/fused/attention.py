@@ -13,7 +13,17 @@ from transformers import DynamicCache
 from fate import kernels
 from fate.kernels.fused import HeadNorms, PackedMatrix, attend_project, project_heads
 from fate.models.attention import ATTENTION_FUNCTION, attention_forward
-from fate.models.fused.base import Answer, Fused, is_packed, matrices, may_be_quick, own_tensors, passable
+from fate.models.fused.base import (
+    Answer,
+    Fused,
+    is_packed,
+    matrices,
+    may_be_quick,
+    own_tensors,
+    passable,
+    watch_packed,
+)
+from fate.models.fused.guard import Guard
 from fate.models.fused.norm import FusedRMSNorm, norm_of
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -21,6 +31,7 @@ _NORMS = ("q_norm", "k_norm")
 # Arguments that do not change what one token attends to; others are for the module itself.
 _HARMLESS = ("position_ids", "use_cache", "output_router_logits", "output_hidden_states")
 _NO_NORMS = (None, None)
+_IMPLEMENTATION = "_attn_implementation_internal"  # of attention, in a configuration
 _PAST = 5  # positions of a trial's cache
 _SCALES = (1.0, 100.0)  # large inputs find what is clamped
 _FAR = 1_000_000  # a position at which what depends on positions shows
@@ -100,10 +111,24 @@ class FusedAttention(Fused):
         takes = (
             hidden_states.shape[0] <= self.MAX_TOKENS
             and _attention_function(self.config) == ATTENTION_FUNCTION
-            and _is_rotary(position_embeddings, hidden_states, self.head_dim)
+            and is_rotary(position_embeddings, hidden_states, self.head_dim)
             and passable(children.values())
         )
         return self._norms(hidden_states) if takes else None
+
+    def watch(self, guard: Guard) -> bool:
+        """Have the guard watch what `takes` and the kernels depend on besides a call's arguments; False where someone
+        wants to hear of calls."""
+        children: dict[str, Any] = self._modules
+        guard.same(children, *_LINEARS, *_NORMS)
+        guard.same(self.__dict__, "config", "head_dim", "layer_idx", "scaling")
+        guard.same(object.__getattribute__(self.config, "__dict__"), _IMPLEMENTATION)
+        norms: list[Any] = [children[name] for name in _NORMS if name in children]
+        return (
+            guard.unheard(self)
+            and all(watch_packed(guard, children[name]) for name in _LINEARS)
+            and all(norm.watch(guard) for norm in norms)
+        )
 
     def _norms(self, x: Tensor) -> HeadNorms | None:
         """Of queries and keys; None where a module's norm is not ours."""
@@ -175,11 +200,11 @@ def _heads_fit(module: Any) -> bool:
 
 def _attention_function(config: Any) -> Any:
     """Which one the configuration names; its own attribute takes a dozen calls to read."""
-    name = object.__getattribute__(config, "__dict__").get("_attn_implementation_internal")
+    name = object.__getattribute__(config, "__dict__").get(_IMPLEMENTATION)
     return config._attn_implementation if name is None else name
 
 
-def _is_rotary(given: Any, hidden: Tensor, head_dim: int) -> bool:
+def is_rotary(given: Any, hidden: Tensor, head_dim: int) -> bool:
     """cos and sin [batch or 1, 1, dim] of an even dim that fits a head."""
     if type(given) is not tuple or len(given) != 2:
         return False

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.utils import output_capturing
 
 from fate.kernels import native
 from fate.kernels.fused import PackedMatrix
+from fate.models.fused.guard import Guard, captures, is_capture
 from fate.models.packed import PackedLinear
 
 logger = logging.getLogger("fate.fused")
@@ -73,8 +73,8 @@ def may_be_quick(x: object) -> bool:
     )
 
 
-def passable(modules: Iterable[nn.Module | None]) -> bool:
-    """Whether nobody wants to hear of calls of these modules, and none was given another forward."""
+def passable(modules: Iterable[nn.Module | None], known: Collection[Any] = ()) -> bool:
+    """Whether nobody wants to hear of calls of these modules, `known` apart, and none was given another forward."""
     if _has_any_global_hook():
         return False
     for module in modules:
@@ -82,16 +82,10 @@ def passable(modules: Iterable[nn.Module | None]) -> bool:
             state = module.__dict__
             if state["_forward_pre_hooks"] or "forward" in state:
                 return False
-            if state["_forward_hooks"] and not _idle(state["_forward_hooks"].values()):
+            others = [hook for hook in state["_forward_hooks"].values() if hook not in known]
+            if others and (captures() or not all(is_capture(hook) for hook in others)):
                 return False
     return True
-
-
-def _idle(hooks: Iterable[Any]) -> bool:
-    """Whether these are only transformers' own, which stay once any output was asked for, and none is asked for now."""
-    if any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks):
-        return False
-    return not output_capturing._active_collector.get()  # what is asked for, by name; None outside of a model's forward
 
 
 def with_children(module: Any, **children: nn.Module) -> Any:
@@ -117,6 +111,14 @@ def matrices(module: nn.Module, names: Iterable[str]) -> tuple[PackedMatrix, ...
     """Those of the module's packed children, in this order."""
     children: dict[str, Any] = module._modules
     return tuple(PackedMatrix(children[name]) for name in names)
+
+
+def watch_packed(guard: Guard, module: Any) -> bool:
+    """Have the guard watch a packed child, which is passed over."""
+    guard.same(module.__dict__, "layout", "bias")
+    guard.same_tensor(module.__dict__, "packed")
+    guard.same_tensor(module._parameters, "bias")
+    return guard.unheard(module)
 
 
 def own_tensors(module: nn.Module) -> list[str]:

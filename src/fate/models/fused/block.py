@@ -1,13 +1,15 @@
-"""Sparse blocks with a shared expert that has a gate of its own: what comes after the experts in one native call."""
+"""Sparse blocks with a shared expert that has a gate of its own: the whole block of one token in one native call where
+its experts are in memory, otherwise what comes after the experts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Iterable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fate.kernels.block import BlockRun, Form, PooledExperts, Router, SharedExpert, block_form, sparse_block
 from fate.kernels.fused import add_gated
 from fate.models.fused.base import (
     Answer,
@@ -18,6 +20,7 @@ from fate.models.fused.base import (
     with_children,
     without_hooks,
 )
+from fate.models.fused.guard import Guard
 from fate.models.fused.linear import FusedLinear, fits
 from fate.models.fused.mlp import FusedMLP
 from fate.models.fused.router import FusedRouter
@@ -28,7 +31,26 @@ _KINDS: dict[str, type[nn.Module]] = {
     "shared_expert": FusedMLP,
     "shared_expert_gate": FusedLinear,
 }
+_IMPLEMENTATION = "_experts_implementation_internal"  # of experts, in a configuration
 _TRIALS = ((1.0, 0.0), (1.0, 100.0), (30.0, 0.0))  # scale of the input, what the experts count
+
+
+Ran = TypeVar("Ran")
+
+
+class Layer(Protocol):
+    """What computes a block's experts: see `runtime/backend.py`. function: its name among transformers' functions of
+    experts; hooks: its own, on router and block, of which it needs no call where it computes a block whole; pooled: its
+    experts; quiet: whether it may compute a block whole now, experts permitting."""
+
+    function: str
+    hooks: Collection[Any]
+    pooled: PooledExperts
+
+    @property
+    def quiet(self) -> bool: ...
+
+    def compute_whole(self, compute: Callable[[PooledExperts], Ran], *, rehearsal: bool = False) -> Ran | None: ...
 
 
 class FusedSharedBlock(Fused):
@@ -45,11 +67,16 @@ class FusedSharedBlock(Fused):
             and bool(children["shared_expert_gate"].out_features == 1)
         )
 
+    @classmethod
+    def take(cls, module: nn.Module) -> None:
+        super().take(module)
+        module.__dict__["_same_bits"] = {}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and not self.training and may_be_quick(args[0]) and self._takes(args[0]):
             x: Tensor = args[0]
             if self.agrees(x.dtype, x):
-                return self._quick(x)
+                return self._joined(x)
         return super().forward(*args, **kwargs)
 
     def _takes(self, x: Tensor) -> bool:
@@ -60,6 +87,69 @@ class FusedSharedBlock(Fused):
         if weight is None or x.dim() != 3 or weight.shape[0] != 1:
             return False
         return fits(weight, x) and passable((gate,))
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """`_quick`, in one call where experts are in memory and nobody wants to hear of the modules passed over. The
+        first time both are asked, and must give the same bits."""
+        layer, flat = self.layer_behind(), x.view(-1, x.shape[-1])
+        if layer is None or (parts := self._for_kernel(layer, flat)) is None:
+            return self._quick(x)
+
+        def compute(experts: PooledExperts) -> BlockRun | None:
+            return sparse_block(flat, block_form(parts[0], experts, parts[1], x.dtype), experts)
+
+        known: dict[Hashable, bool] = self.__dict__["_same_bits"]
+        form = x.dtype, *parts[0][1:]
+        if form not in known:
+            out = self._quick(x)
+            if (run := layer.compute_whole(compute, rehearsal=True)) is not None:
+                known[form] = torch.equal(run.out.view(x.shape), out)
+            return out
+        run = layer.compute_whole(compute) if known[form] else None
+        return self._quick(x) if run is None else run.out.view(x.shape)
+
+    def layer_behind(self) -> Layer | None:
+        """What computes the experts, where the configuration still says that it does."""
+        experts: Any = self._modules["experts"]
+        layer: Layer | None = experts.__dict__.get("fate_layer")
+        if layer is None or _settings(experts).get(_IMPLEMENTATION) != layer.function:
+            return None
+        return layer
+
+    def _parts(self) -> tuple[Any, ...]:
+        """Router, experts, shared expert and its gate."""
+        return tuple(self._modules[name] for name in _KINDS)
+
+    def _for_kernel(self, layer: Layer, x: Tensor) -> tuple[Router, SharedExpert] | None:
+        """Router and shared expert as the kernel takes them, of one token x [1, hidden]."""
+        gate, experts, shared, share = self._parts()
+        if not isinstance(gate, FusedRouter) or not isinstance(shared, FusedMLP) or x.shape[0] != 1:
+            return None
+        if not passable((experts, shared)) or not passable((gate,), known=layer.hooks):
+            return None
+        router, matrices = gate.quick_router(x), shared.quick_matrices(x)
+        if router is None or matrices is None:
+            return None
+        return router, SharedExpert(*matrices, share.weight)
+
+    def joined_form(self, layer: Layer, x: Tensor, guard: Guard) -> Form | None:
+        """The form of a call on one token x [1, hidden], where calls of its kind are known to give the same bits in
+        one; the guard then knows what it depends on."""
+        parts = self._for_kernel(layer, x) if self._takes(x[None]) else None
+        if parts is None or not self.__dict__["_same_bits"].get((x.dtype, *parts[0][1:])):
+            return None
+        gate, experts, shared, share = self._parts()
+        guard.same(self._modules, *_KINDS)
+        guard.same(experts.__dict__, "fate_layer", "config")
+        guard.same(_settings(experts), _IMPLEMENTATION)
+        guard.same_tensor(share._parameters, "weight")
+        guard.same(share._parameters, "bias")
+        for module in (self, gate, experts, shared, share):
+            if not guard.unheard(module, known=layer.hooks):
+                return None
+        if not gate.watch(guard) or not shared.watch(guard):
+            return None
+        return block_form(parts[0], layer.pooled, parts[1], x.dtype)
 
     def _quick(self, x: Tensor) -> Tensor:
         """x [batch, tokens, hidden]; the modules are asked in the order of the class's own forward."""
@@ -85,6 +175,12 @@ class FusedSharedBlock(Fused):
             x = (torch.randn(given.shape, generator=generator) * scale).to(given.dtype)
             block = with_children(self, experts=_Experts(factor), **quiet)
             yield (block._quick(x),), (super(FusedSharedBlock, block).forward(x),)
+
+
+def _settings(experts: Any) -> dict[str, Any]:
+    """The configuration's own attributes: one of them takes a dozen calls to read otherwise."""
+    held: dict[str, Any] = object.__getattribute__(experts.config, "__dict__")
+    return held
 
 
 class _Experts(nn.Module):

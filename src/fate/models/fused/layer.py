@@ -3,18 +3,18 @@ the KV cache itself where that is the planned one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from fate.kernels.fused import HeadNorms, Norm, attention_half
 from fate.models.fused.attention import FusedAttention, TrialCache
 from fate.models.fused.base import Answer, Fused, own_tensors, passable, with_children
 from fate.models.fused.norm import FusedRMSNorm, norm_of
-from fate.models.kv_cache import PlannedLayer
+from fate.models.fused.whole import WholeLayer
+from fate.models.kv_cache import PlannedLayer, planned
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _CHILDREN = {*_NORMS, "self_attn", "mlp"}
@@ -39,12 +39,40 @@ class FusedLayer(Fused):
             and all(isinstance(children[name], FusedRMSNorm) for name in _NORMS)
         )
 
+    @classmethod
+    def take(cls, module: nn.Module) -> None:
+        super().take(module)
+        module.__dict__["_whole"] = None  # how calls of the form last seen go in one native call, if they do
+        module.__dict__["_same_bits"] = {}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not self.training and (half := self._half(args[0], kwargs)) is not None:
-            residual, normed = half
-            out = self.mlp(normed)
-            return residual + (out[0] if isinstance(out, tuple) else out)
-        return super().forward(*args, **kwargs)
+        if len(args) != 1 or self.training:
+            return super().forward(*args, **kwargs)
+        x, whole = args[0], self.__dict__["_whole"]
+        known = whole is not None and whole.takes(self, x, kwargs)
+        done = whole.run(x, kwargs) if known else None
+        if isinstance(done, Tensor):
+            return done
+        half = self._half(x, kwargs) if done is None else done
+        if half is None:
+            return super().forward(x, **kwargs)
+        residual, normed = half
+        out = self.mlp(normed)
+        out = residual + (out[0] if isinstance(out, tuple) else out)
+        if not known:
+            self.__dict__["_whole"] = self._proven_whole(x, kwargs, out)
+        return out
+
+    def _proven_whole(self, x: Tensor, given: dict[str, Any], out: Tensor) -> WholeLayer | None:
+        """How further calls like this one, which gave `out`, go in one; the first time it must give the same bits."""
+        try:
+            whole = WholeLayer(self, x, given)
+        except ValueError:
+            return None
+        proven: dict[Hashable, bool | None] = self.__dict__["_same_bits"]
+        if proven.get(whole.form) is None:
+            proven[whole.form] = whole.gives(out, x, given)
+        return whole if proven[whole.form] else None
 
     def _half(self, x: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """(x + attention, its norm), the token in the cache; None, and nothing is done, where that is not for us."""
@@ -56,7 +84,7 @@ class FusedLayer(Fused):
         if head_norms is None or not passable((attention, before, after)):
             return None
         norms = norm_of(before, x), norm_of(after, x)
-        layer = _planned(given["past_key_values"], attention.layer_idx)
+        layer = planned(given["past_key_values"], attention.layer_idx)
         if norms[0] is None or norms[1] is None or layer is None or (room := layer.room(x.shape[0])) is None:
             return None
         if room[0].dtype != x.dtype or not room[0].is_cpu:
@@ -112,12 +140,3 @@ class _Factor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self._factor
-
-
-def _planned(cache: Any, index: int) -> PlannedLayer | None:
-    """The layer of the cache, where it is one that we may write to."""
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or index >= len(cache.layers):
-        return None
-    layer = cache.layers[index]
-    replaced = "update" in cache.__dict__ or "update" in layer.__dict__  # someone wants to hear of it
-    return layer if type(layer) is PlannedLayer and not replaced else None

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fate.kernels.fused import gated_mlp
+from fate.kernels.fused import PackedMatrix, gated_mlp
 from fate.models.adapter import is_silu
-from fate.models.fused.base import Answer, Fused, is_packed, matrices, may_be_quick, own_tensors, passable
+from fate.models.fused.base import Answer, Fused, is_packed, matrices, may_be_quick, own_tensors, passable, watch_packed
+from fate.models.fused.guard import Guard
 
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
 _LARGE = 1e3  # inputs that find what is clamped
@@ -54,6 +55,21 @@ class FusedMLP(Fused):
             and is_silu(self.act_fn)
             and passable(children.values())
         )
+
+    def quick_matrices(self, x: Tensor) -> tuple[PackedMatrix, PackedMatrix, PackedMatrix] | None:
+        """Of gate, up and down, where the kernel agrees with the module for x [..., hidden]."""
+        if self.training or not self._takes(x) or not self.agrees(x.dtype, x.dtype):
+            return None
+        gate, up, down = self.__dict__["_matrices"]
+        return gate, up, down
+
+    def watch(self, guard: Guard) -> bool:
+        """Have the guard watch what the kernel's matrices depend on, hooks of the module itself apart."""
+        children: dict[str, Any] = self._modules
+        guard.same(children, *_LINEARS, "act_fn")
+        guard.same(self.__dict__, "act_fn")
+        act = children.get("act_fn")
+        return (act is None or guard.unheard(act)) and all(watch_packed(guard, children[name]) for name in _LINEARS)
 
     def _quick(self, x: Tensor) -> Tensor:
         gate, up, down = self.__dict__["_matrices"]

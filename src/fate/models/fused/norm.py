@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fate.kernels.fused import Norm, rms_norm
 from fate.models.fused.base import Answer, Fused, may_be_quick, own_tensors
+from fate.models.fused.guard import Guard
 
 _ROWS = 16
 
@@ -45,6 +46,12 @@ class FusedRMSNorm(Fused):
         if not self.agrees(dtype, dtype):
             return None
         return Norm(weight, _eps(self), self.__dict__["_rounds_first"])
+
+    def watch(self, guard: Guard) -> bool:
+        """Have the guard watch what the kernel's norm depends on; False where someone wants to hear of calls."""
+        guard.same(self.__dict__, "variance_epsilon", "eps")
+        guard.same_tensor(self._parameters, "weight")
+        return guard.unheard(self)
 
     def _trial(self, generator: torch.Generator, dtype: torch.dtype) -> Iterable[tuple[Answer, Answer]]:
         """A class that rounds elsewhere differs in a last bit here and there: the nearer of both ways is taken, and

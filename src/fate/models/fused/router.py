@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fate.kernels.block import Router
 from fate.kernels.fused import route
 from fate.kernels.native import DTYPE_CODES
 from fate.models.fused.base import Answer, Fused, may_be_quick, own_tensors
+from fate.models.fused.guard import Guard
 
 _TOKENS = 8
 _OF_GROUPS = ("n_group", "num_group", "topk_group")  # experts chosen within groups: too rarely seen in a trial
@@ -53,11 +55,27 @@ class FusedRouter(Fused):
                 return self._quick(x)
         return super().forward(*args, **kwargs)
 
-    def _quick(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def quick_router(self, x: Tensor) -> Router | None:
+        """What the kernel needs, where it agrees with the module for one token x [1, hidden]."""
+        weight = self._parameters["weight"]
+        if weight is None or self.training or not _fits(weight, x):
+            return None
+        return self._router(x) if self.agrees(x.dtype, x, also=self._settings()) else None
+
+    def watch(self, guard: Guard) -> bool:
+        """Have the guard watch what the kernel's router depends on, hooks apart."""
+        guard.same(self.__dict__, "top_k", "norm_topk_prob")
+        guard.same_tensor(self._parameters, "weight")
+        return True
+
+    def _router(self, x: Tensor) -> Router:
         normalizes, score_dtype = self.__dict__["_manners"][x.dtype, self._settings()]
         weight = self._parameters["weight"]
         assert weight is not None
-        return route(x, weight, self.top_k, normalizes, score_dtype)
+        return Router(weight, self.top_k, normalizes, score_dtype)
+
+    def _quick(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return route(x, *self._router(x))
 
     def _trial(self, generator: torch.Generator, given: Tensor) -> Iterable[tuple[Answer, Answer]]:
         """Of near ties either may be chosen: what was chosen is compared by its probabilities."""

@@ -69,7 +69,8 @@ bool AnyBlock::expected(const void* x, const Exact& out, std::vector<int>& exper
     const int64_t item = fate::item_bytes(b.dtype);
     const Exact logits(b.experts * item), scores(b.top_k * 4), indices(b.top_k * 8);
     fate::route(b.router, x, b.dtype, b.experts, b.hidden,
-                {logits.as(), scores.as(), b.score_dtype, indices.as<int64_t>(), b.top_k, b.normalize});
+                {logits.as(), scores.as(), b.score_dtype, indices.as<int64_t>(), b.top_k, b.normalize},
+                1);
     const Exact rows(static_cast<int64_t>(b.top_k) * b.hidden * 4);
     std::vector<int32_t> pairs;
     std::vector<fate::ExpertWork> work;

@@ -55,7 +55,8 @@ BlockRun sparse_block(const SparseBlock& block) {
     std::vector<float> logits(block.experts), scores(block.top_k), weights(block.top_k);  // enough for any dtype
     std::vector<int64_t> indices(block.top_k);
     route(block.router, block.x, block.dtype, block.experts, block.hidden,
-          {logits.data(), scores.data(), block.score_dtype, indices.data(), block.top_k, block.normalize});
+          {logits.data(), scores.data(), block.score_dtype, indices.data(), block.top_k, block.normalize},
+          block.threads);
     load_floats(scores.data(), block.score_dtype, block.top_k, weights.data());
     std::vector<Chosen> chosen;
     for (int rank = 0; rank < block.top_k; ++rank) {

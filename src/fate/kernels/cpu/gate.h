@@ -27,6 +27,7 @@ struct Choice {
     int top_k;
     bool normalize;
 };
-void route(const void* weights, const void* x, DType dtype, int experts, int hidden, const Choice& choice);
+void route(const void* weights, const void* x, DType dtype, int experts, int hidden, const Choice& choice,
+           int threads);
 
 }  // namespace fate

@@ -217,7 +217,8 @@ void bind_route(uint64_t weights, uint64_t x, int dtype, std::tuple<int, int, in
     require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
     route(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), experts, hidden,
           {pointer<void>(logits), pointer<void>(scores), static_cast<DType>(score_dtype), pointer<int64_t>(indices),
-           top_k, normalize});
+           top_k, normalize},
+          1);
 }
 
 // Keeps the interpreter, as above.

@@ -162,7 +162,7 @@ inline Ints from_lane(int at, Ints x, Ints y) {
 }
 
 constexpr int kBandVectors = 1, kBandTokens = 4;
-constexpr int kBandsInt4 = kVnni ? 12 : 16, kBandsInt2 = kBandsInt4, kBandsInt8 = kVnni ? 24 : 10;
+constexpr int kBandsInt4 = kVnni ? 12 : 16, kBandsInt2 = kBandsInt4, kBandsInt8 = kVnni ? 32 : 12;
 
 // A square of 8 times 8 dwords: first within 128-bit lanes, then the lanes themselves.
 inline void transpose_eight(const __m256i r[8], __m256i out[8]) {

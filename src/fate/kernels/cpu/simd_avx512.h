@@ -101,7 +101,7 @@ inline Ints from_lane(int at, Ints x, Ints y) {
 }
 
 constexpr int kBandVectors = 2, kBandTokens = 8;
-constexpr int kBandsInt4 = 9, kBandsInt2 = 9, kBandsInt8 = 12;
+constexpr int kBandsInt4 = 9, kBandsInt2 = 10, kBandsInt8 = 22;
 
 // A square of 16 times 16 dwords: first within 128-bit lanes, then the lanes themselves.
 inline void transpose(Codes rows[kLanes]) {

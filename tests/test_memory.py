@@ -1,7 +1,11 @@
 """Sizes, budgets and the refusals that name the number that would fit."""
 
+import os
+from pathlib import Path
+
 import pytest
 
+from fate import memory
 from fate.core import Envelope
 from fate.errors import BudgetTooSmallError, ExpertShareError, MemorySizeError
 from fate.memory import (
@@ -9,6 +13,7 @@ from fate.memory import (
     MIB,
     RUNTIME_SLACK_BYTES,
     Needs,
+    available_bytes,
     default_budget,
     format_bytes,
     make_plan,
@@ -84,3 +89,14 @@ def test_max_experts_caps_but_never_below_the_floor():
 def test_default_budget_is_what_this_machine_has():
     assert 0 < default_budget() < 1 << 50
     assert format_bytes(3 * MIB // 2) == "1.50 MiB"
+
+
+def test_pages_of_files_are_not_available_twice(monkeypatch):
+    """MemAvailable counts them already, whoever has them mapped."""
+    page, real = os.sysconf("SC_PAGE_SIZE"), Path.read_text
+    texts = {"/proc/meminfo": "MemFree: 1 kB\nMemAvailable: 1000 kB\n", "/proc/self/statm": "900 70 30 1 0 5 0\n"}
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: texts.get(str(self)) or real(self, **options))
+    monkeypatch.setattr(memory, "cgroup_limit_bytes", lambda: None)
+    assert available_bytes() == 1000 * 1024 + 40 * page
+    monkeypatch.setattr(memory, "cgroup_limit_bytes", lambda: 4096)
+    assert available_bytes() == 4096

@@ -65,9 +65,11 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """What this process could hold resident in all: free memory (or what its cgroup leaves) plus what it holds."""
+    """What this process could hold resident in all: free memory (or what its cgroup leaves) plus what it holds; but for
+    pages of files, which count as free."""
     meminfo = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text()))
-    available = int(meminfo["MemAvailable"]) * 1024 + resident_bytes()
+    _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    available = int(meminfo["MemAvailable"]) * 1024 + (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
     return min(available, cgroup_limit_bytes() or available)
 
 

@@ -36,7 +36,8 @@ struct Random {
     // Mostly small, sometimes at or beside a multiple of 64, sometimes large.
     int size(int most) {
         if (chance(0.4)) return static_cast<int>(in(1, std::min(most, 70)));
-        if (chance(0.5)) return static_cast<int>(std::min<int64_t>(most, 64 * in(1, chance(0.7) ? 12 : 35) + in(-1, 1)));
+        const int64_t groups = in(1, chance(0.7) ? 12 : 35);
+        if (chance(0.5)) return static_cast<int>(std::min<int64_t>(most, 64 * groups + in(-1, 1)));
         return static_cast<int>(in(1, most));
     }
     template <typename T>

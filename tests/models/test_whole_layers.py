@@ -267,6 +267,28 @@ def test_a_layer_whose_bits_differ_is_never_trusted(monkeypatch: pytest.MonkeyPa
     assert same(logits, expected(PROMPT))
 
 
+@pytest.mark.parametrize("harm", ["fails", "writes"])
+def test_a_rehearsal_harms_no_answer(harm: str, monkeypatch: pytest.MonkeyPatch, taken: Taken) -> None:
+    """It may fail, or put something else into the cache where the token is."""
+    right = whole_module.decoder_layer
+
+    def wrong(*args: Any) -> Any:
+        if harm == "fails":
+            raise MemoryError("no room")
+        keys, values, place = args[4]
+        ran = right(*args)
+        keys[..., place, :] = values[..., place, :] = 7.0
+        return ran._replace(out=ran.out * 1.01) if isinstance(ran, BlockRun) else ran
+
+    monkeypatch.setattr(whole_module, "decoder_layer", wrong)
+    with loaded() as model:
+        logits = decode(model, begin(model))
+        assert [layer._same_bits for layer in model.model.layers] == [
+            dict.fromkeys(of_layer(model)._same_bits, False)
+        ] * 3
+    assert same(logits, expected(PROMPT))
+
+
 def test_a_block_whose_bits_differ_is_never_trusted(monkeypatch: pytest.MonkeyPatch, taken: Taken) -> None:
     right = block_module.sparse_block
 

@@ -174,6 +174,12 @@ def test_what_was_put_off_is_done_before_anything_else():
         before = accesses()
         model(torch.tensor([[7]]), past_key_values=cache)
         assert accesses() > before, "a step's accounts end with it"
+        before = accesses()
+        for _ in range(6):
+            one_token_in_the_base_model(model, cache, 7)
+            assert len(manager._unsettled) <= len(manager.header.layers), "without a step they are settled in time"
+        model.fate.close()
+        assert accesses() == before + 6 * 3 * model.config.num_experts_per_tok
 
 
 def test_interrupted_in_an_account_the_next_lease_starts_from_an_empty_cache(monkeypatch):

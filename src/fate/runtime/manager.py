@@ -110,8 +110,11 @@ class ExpertManager:
     def close(self) -> None:
         """Stop the transfers once no lease is in use; later leases raise ClosedError."""
         with self.lock:
-            self._closed = True
-            self.scheduler.close()
+            try:
+                self.settle_accounts()
+            finally:
+                self._closed = True
+                self.scheduler.close()
 
     def begin(self, routing: Routing) -> Lease:
         """Open a lease on the experts of `routing`, from an empty cache if the last one did not end well."""
@@ -148,6 +151,8 @@ class ExpertManager:
         only before anything else changes residency or wants to see the counters. One account after another takes a
         fraction of what it takes between kernels, whose weights push the interpreter out of the processor's cache."""
         self._unsettled.append(account)
+        if len(self._unsettled) > len(self.header.layers):  # a caller of the inner model alone never ends a step
+            self.settle_accounts()
 
     def settle_accounts(self) -> None:
         """Do what was put off."""
@@ -165,7 +170,8 @@ class ExpertManager:
         """A lease that was begun and ended, as an account."""
         self.reap()
         self.take_whole(routing)
-        self.pump()
+        if not self._closed:
+            self.pump()
 
     def end(self, lease: Lease) -> None:
         """The lease ended well."""

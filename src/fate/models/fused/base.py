@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +58,15 @@ class Fused(nn.Module):
     def _trial(self, generator: torch.Generator, *inputs: Any) -> Iterable[tuple[Answer, Answer]]:
         """(ours, the module's own) answers to some inputs."""
         raise NotImplementedError
+
+
+def rehearse(ask: Callable[[], bool | None]) -> bool | None:
+    """What a rehearsal, beside an answer that is there already, says; False where it fails."""
+    try:
+        return ask()
+    except Exception as error:  # whatever it is, the answer stands
+        logger.info("a native call is not made: %s", error)
+        return False
 
 
 def may_be_quick(x: object) -> bool:

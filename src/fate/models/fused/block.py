@@ -17,6 +17,7 @@ from fate.models.fused.base import (
     may_be_quick,
     own_tensors,
     passable,
+    rehearse,
     with_children,
     without_hooks,
 )
@@ -102,11 +103,18 @@ class FusedSharedBlock(Fused):
         form = x.dtype, *parts[0][1:]
         if form not in known:
             out = self._quick(x)
-            if (run := layer.compute_whole(compute, rehearsal=True)) is not None:
-                known[form] = torch.equal(run.out.view(x.shape), out)
+            same = rehearse(lambda: self._rehearsal(layer, compute, out))
+            if same is not None:
+                known[form] = same
             return out
         run = layer.compute_whole(compute) if known[form] else None
         return self._quick(x) if run is None else run.out.view(x.shape)
+
+    @staticmethod
+    def _rehearsal(layer: Layer, compute: Callable[[PooledExperts], BlockRun | None], out: Tensor) -> bool | None:
+        """Whether one call gives the bits of `out`; None where an expert is not in memory."""
+        run = layer.compute_whole(compute, rehearsal=True)
+        return None if run is None else torch.equal(run.out.view(out.shape), out)
 
     def layer_behind(self) -> Layer | None:
         """What computes the experts, where the configuration still says that it does."""

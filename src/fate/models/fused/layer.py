@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fate.kernels.fused import HeadNorms, Norm, attention_half
 from fate.models.fused.attention import FusedAttention, TrialCache
-from fate.models.fused.base import Answer, Fused, own_tensors, passable, with_children
+from fate.models.fused.base import Answer, Fused, own_tensors, passable, rehearse, with_children
 from fate.models.fused.norm import FusedRMSNorm, norm_of
 from fate.models.fused.whole import WholeLayer
 from fate.models.kv_cache import PlannedLayer, planned
@@ -71,7 +71,7 @@ class FusedLayer(Fused):
             return None
         proven: dict[Hashable, bool | None] = self.__dict__["_same_bits"]
         if proven.get(whole.form) is None:
-            proven[whole.form] = whole.gives(out, x, given)
+            proven[whole.form] = rehearse(lambda: whole.gives(out, x, given))
         return whole if proven[whole.form] else None
 
     def _half(self, x: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -18,6 +18,7 @@ from fate.models.fused.norm import norm_of
 from fate.models.kv_cache import PlannedLayer, planned
 
 Halves = tuple[Tensor, Tensor]  # x + attention, and its norm
+Room = tuple[Tensor, Tensor, int]  # see `PlannedLayer.room`
 
 
 class WholeLayer:
@@ -69,32 +70,38 @@ class WholeLayer:
         """The layer's answer; where an expert is not in memory, what its second half is asked with. None, and nothing
         is done, where the call must go other ways."""
         cached = planned(given["past_key_values"], self._index)
-        return None if cached is None else self._compute(x, given["position_embeddings"], cached)
+        return None if cached is None else self._compute(x, given["position_embeddings"], cached.room(1), cached)
 
     def gives(self, expected: Tensor, x: Tensor, given: dict[str, Any]) -> bool | None:
-        """Whether it gives the bits that the other way has just given, over a copy of the cache without the new token;
-        None where that cannot be told now."""
+        """Whether it gives the bits that the other way has just given, the token's place in the cache being taken once
+        more; None where that cannot be told now."""
         cached = planned(given["past_key_values"], self._index)
-        if cached is None or cached.keys is None or cached.values is None:
+        if cached is None or (room := cached.room(1)) is None:
             return None
-        past, copy = cached.get_seq_length() - 1, PlannedLayer(cached.get_seq_length())
-        copy.update(cached.keys[..., :past, :], cached.values[..., :past, :])
-        out = self._compute(x, given["position_embeddings"], copy, rehearsal=True)
+        keys, values, after = room
+        places = [held.narrow(-2, after - 1, 1) for held in (keys, values)]
+        kept = [place.clone() for place in places]
+        try:
+            out = self._compute(x, given["position_embeddings"], (keys, values, after - 1), None)
+        finally:
+            for place, states in zip(places, kept, strict=True):
+                place.copy_(states)
         return torch.equal(out, expected) if isinstance(out, Tensor) else None
 
     def _compute(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cached: PlannedLayer, rehearsal: bool = False
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], room: Room | None, cached: PlannedLayer | None
     ) -> Tensor | Halves | None:
-        room = cached.room(1)
+        """cached: what is told of the token in `room`; None: it is a rehearsal."""
         if room is None or room[0].dtype != x.dtype or not room[0].is_cpu:
             return None
 
         def compute(experts: PooledExperts) -> BlockRun | Halves:
             ran = decoder_layer(x, self._half, self._block, rotary, room, experts)
-            cached.wrote()
+            if cached is not None:
+                cached.wrote()
             return ran
 
-        ran = self._layer.compute_whole(compute, rehearsal=rehearsal)
+        ran = self._layer.compute_whole(compute, rehearsal=cached is None)
         if isinstance(ran, BlockRun):
             return ran.out
         return ran

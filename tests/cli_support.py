@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fate.profile import PROFILE_FILE
+
 FAMILY = "qwen2_moe"
 
 
@@ -29,7 +31,8 @@ Refuse = Callable[..., str]
 
 
 def copied(source: Path, to: Path) -> Path:
-    return Path(shutil.copytree(source, to))
+    """A store of one's own, without what another test may have measured beside it."""
+    return Path(shutil.copytree(source, to, ignore=shutil.ignore_patterns(PROFILE_FILE)))
 
 
 def flip(file: Path, offset: int) -> None:

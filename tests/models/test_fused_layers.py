@@ -18,7 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 
 import fate
 from fate.kernels import native
-from fate.models.fused.block import FusedSharedBlock
+from fate.models.fused.block import FusedBlock
 from fate.models.fused.layer import FusedLayer
 from fate.models.kv_cache import PlannedLayer
 from fused_support import DTYPES, HEADS, HIDDEN, Calls, arguments, build, config, make_fused, near
@@ -239,7 +239,7 @@ class HalfSparseMoeBlock(Qwen2MoeSparseMoeBlock):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_that_adds_otherwise_is_left_alone(cls: type, dtype: torch.dtype) -> None:
     own, ours = block(cls, dtype), make_fused(block(cls, dtype))
-    assert isinstance(ours, FusedSharedBlock)
+    assert isinstance(ours, FusedBlock)
     x = torch.randn(1, 1, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)
     assert near(ours(x), own(x))
     assert list(ours._agrees.values()) == [False]

@@ -55,9 +55,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
 
 
 @contextmanager
-def loaded(experts: str = "100%", whole: bool = True, **options: Any) -> Iterator[Any]:
+def loaded(experts: str = "100%", whole: bool = True, family: str = "qwen2_moe", **options: Any) -> Iterator[Any]:
     """A model that guesses nothing; with 100% of its experts, all are in memory. whole: whether it may take our way."""
-    store = tiny_store("qwen2_moe", num_key_value_heads=4, dtype="bfloat16")
+    store = tiny_store(family, num_key_value_heads=4, dtype="bfloat16")
     with pytest.MonkeyPatch.context() as patch, fate.load(store, experts=experts, **options) as model:
         if not whole:
             patch.setattr(LayerRuntime, "quiet", False)
@@ -87,21 +87,22 @@ def same(ours: list[Tensor], own: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, own, strict=True))
 
 
-def expected(first: int, count: int = 6) -> list[Tensor]:
+def expected(first: int, count: int = 6, family: str = "qwen2_moe") -> list[Tensor]:
     """What the modules' own ways give for these tokens."""
-    with loaded(whole=False) as model:
+    with loaded(whole=False, family=family) as model:
         return decode(model, begin(model), count=first + count - PROMPT)[-count:]
 
 
-def test_where_all_is_in_memory(taken: Taken) -> None:
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe", "mixtral"])
+def test_where_all_is_in_memory(family: str, taken: Taken) -> None:
     """After the trials of parts, blocks and layers every further token is one call a layer."""
-    with loaded() as model:
+    with loaded(family=family) as model:
         layers, cache = model.config.num_hidden_layers, begin(model)
         start = decode(model, cache, count=3)
         taken.layers = taken.blocks = 0
         logits = start + decode(model, cache, PROMPT + 3, 9)
         assert (taken.layers, taken.blocks) == (9 * layers, 0)
-    assert same(logits, expected(PROMPT, 12))
+    assert same(logits, expected(PROMPT, 12, family))
 
 
 @pytest.mark.parametrize("experts", ["100%", "90%", "75%"])

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fate.kernels import native
 from fate.models.fused.attention import FusedAttention
 from fate.models.fused.base import Fused
-from fate.models.fused.block import FusedSharedBlock
+from fate.models.fused.block import FusedBlock
 from fate.models.fused.layer import FusedLayer
 from fate.models.fused.linear import FusedLinear
 from fate.models.fused.mlp import FusedMLP
@@ -31,7 +31,7 @@ _KINDS: tuple[type[Fused], ...] = (
     FusedMLP,
     FusedRouter,
     FusedAttention,
-    FusedSharedBlock,
+    FusedBlock,
     FusedLayer,
 )
 

@@ -1,5 +1,5 @@
-"""Sparse blocks with a shared expert that has a gate of its own: the whole block of one token in one native call where
-its experts are in memory, otherwise what comes after the experts."""
+"""Sparse blocks, without a shared expert or with one that has a gate of its own: the whole block of one token in one
+native call where its experts are in memory; otherwise module by module, and what comes after the experts at once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,9 @@ from fate.models.fused.linear import FusedLinear, fits
 from fate.models.fused.mlp import FusedMLP
 from fate.models.fused.router import FusedRouter
 
-_KINDS: dict[str, type[nn.Module]] = {
-    "gate": FusedRouter,
-    "experts": nn.Module,
-    "shared_expert": FusedMLP,
-    "shared_expert_gate": FusedLinear,
-}
+_ROUTED: dict[str, type[nn.Module]] = {"gate": FusedRouter, "experts": nn.Module}
+_SHARED: dict[str, type[nn.Module]] = {"shared_expert": FusedMLP, "shared_expert_gate": FusedLinear}
+_KINDS = {**_ROUTED, **_SHARED}
 _IMPLEMENTATION = "_experts_implementation_internal"  # of experts, in a configuration
 _TRIALS = ((1.0, 0.0), (1.0, 100.0), (30.0, 0.0))  # scale of the input, what the experts count
 
@@ -54,18 +51,19 @@ class Layer(Protocol):
     def compute_whole(self, compute: Callable[[PooledExperts], Ran], *, rehearsal: bool = False) -> Ran | None: ...
 
 
-class FusedSharedBlock(Fused):
-    """experts(x, routing) + sigmoid(shared_expert_gate(x)) * shared_expert(x): Qwen2-MoE's block and its heirs'."""
+class FusedBlock(Fused):
+    """experts(x, routing), as in Mixtral, OLMoE and Qwen3-MoE; plus sigmoid(shared_expert_gate(x)) * shared_expert(x),
+    as in Qwen2-MoE and its heirs."""
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
         children = {name: child for name, child in module._modules.items() if child is not None}
         return (
             "SparseMoeBlock" in type(module).__name__
-            and set(children) == set(_KINDS)
+            and set(children) in (set(_ROUTED), set(_KINDS))
             and not own_tensors(module)
-            and all(isinstance(children[name], kind) for name, kind in _KINDS.items())
-            and bool(children["shared_expert_gate"].out_features == 1)
+            and all(isinstance(child, _KINDS[name]) for name, child in children.items())
+            and getattr(children.get("shared_expert_gate"), "out_features", 1) == 1
         )
 
     @classmethod
@@ -81,6 +79,8 @@ class FusedSharedBlock(Fused):
         return super().forward(*args, **kwargs)
 
     def _takes(self, x: Tensor) -> bool:
+        if "shared_expert" not in self._modules:
+            return x.dim() == 3 and x.shape[:2] == (1, 1)
         gate = self._modules["shared_expert_gate"]
         if not isinstance(gate, FusedLinear) or gate._parameters.get("bias") is not None:
             return False
@@ -125,20 +125,22 @@ class FusedSharedBlock(Fused):
         return layer
 
     def _parts(self) -> tuple[Any, ...]:
-        """Router, experts, shared expert and its gate."""
-        return tuple(self._modules[name] for name in _KINDS)
+        """Router, experts, shared expert and its gate; None for what there is not."""
+        return tuple(self._modules.get(name) for name in _KINDS)
 
-    def _for_kernel(self, layer: Layer, x: Tensor) -> tuple[Router, SharedExpert] | None:
+    def _for_kernel(self, layer: Layer, x: Tensor) -> tuple[Router, SharedExpert | None] | None:
         """Router and shared expert as the kernel takes them, of one token x [1, hidden]."""
         gate, experts, shared, share = self._parts()
-        if not isinstance(gate, FusedRouter) or not isinstance(shared, FusedMLP) or x.shape[0] != 1:
+        if not isinstance(gate, FusedRouter) or x.shape[0] != 1:
             return None
         if not passable((experts, shared)) or not passable((gate,), known=layer.hooks):
             return None
-        router, matrices = gate.quick_router(x), shared.quick_matrices(x)
-        if router is None or matrices is None:
+        if (router := gate.quick_router(x)) is None:
             return None
-        return router, SharedExpert(*matrices, share.weight)
+        if "shared_expert" not in self._modules:
+            return router, None
+        matrices = shared.quick_matrices(x) if isinstance(shared, FusedMLP) else None
+        return None if matrices is None else (router, SharedExpert(*matrices, share.weight))
 
     def joined_form(self, layer: Layer, x: Tensor, guard: Guard) -> Form | None:
         """The form of a call on one token x [1, hidden], where calls of its kind are known to give the same bits in
@@ -150,12 +152,13 @@ class FusedSharedBlock(Fused):
         guard.same(self._modules, *_KINDS)
         guard.same(experts.__dict__, "fate_layer", "config")
         guard.same(_settings(experts), _IMPLEMENTATION)
-        guard.same_tensor(share._parameters, "weight")
-        guard.same(share._parameters, "bias")
+        if share is not None:
+            guard.same_tensor(share._parameters, "weight")
+            guard.same(share._parameters, "bias")
         for module in (self, gate, experts, shared, share):
-            if not guard.unheard(module, known=layer.hooks):
+            if module is not None and not guard.unheard(module, known=layer.hooks):
                 return None
-        if not gate.watch(guard) or not shared.watch(guard):
+        if not gate.watch(guard) or not (shared is None or shared.watch(guard)):
             return None
         return block_form(parts[0], layer.pooled, parts[1], x.dtype)
 
@@ -163,6 +166,10 @@ class FusedSharedBlock(Fused):
         """x [batch, tokens, hidden]; the modules are asked in the order of the class's own forward."""
         children: dict[str, Any] = self._modules
         flat = x.view(-1, x.shape[-1])
+        if "shared_expert" not in children:
+            _, weights, indices = children["gate"](flat)
+            given: Tensor = children["experts"](flat, indices, weights)
+            return given.view(x.shape)
         shared = children["shared_expert"](flat)
         _, weights, indices = children["gate"](flat)
         out = children["experts"](flat, indices, weights)
@@ -173,16 +180,15 @@ class FusedSharedBlock(Fused):
 
     def _trial(self, generator: torch.Generator, given: Tensor) -> Iterable[tuple[Answer, Answer]]:
         """With experts that give nothing, or what tells how they were weighted; none of the model's is asked for."""
-        shared: Any = self._modules["shared_expert"]
-        inner = {name: without_hooks(child) for name, child in shared._modules.items() if child is not None}
-        quiet = {
-            "gate": without_hooks(self._modules["gate"]),
-            "shared_expert": with_children(without_hooks(shared), **inner),
-        }
+        quiet = {"gate": without_hooks(self._modules["gate"])}
+        shared: Any = self._modules.get("shared_expert")
+        if shared is not None:
+            inner = {name: without_hooks(child) for name, child in shared._modules.items() if child is not None}
+            quiet["shared_expert"] = with_children(without_hooks(shared), **inner)
         for scale, factor in _TRIALS:
             x = (torch.randn(given.shape, generator=generator) * scale).to(given.dtype)
             block = with_children(self, experts=_Experts(factor), **quiet)
-            yield (block._quick(x),), (super(FusedSharedBlock, block).forward(x),)
+            yield (block._quick(x),), (super(FusedBlock, block).forward(x),)
 
 
 def _settings(experts: Any) -> dict[str, Any]:

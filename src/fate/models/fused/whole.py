@@ -12,7 +12,7 @@ from torch import Tensor
 from fate.kernels.block import BlockRun, PooledExperts, decoder_layer, half_form
 from fate.models.fused.attention import FusedAttention, is_rotary
 from fate.models.fused.base import may_be_quick
-from fate.models.fused.block import FusedSharedBlock
+from fate.models.fused.block import FusedBlock
 from fate.models.fused.guard import Guard
 from fate.models.fused.norm import norm_of
 from fate.models.kv_cache import PlannedLayer, planned
@@ -31,7 +31,7 @@ class WholeLayer:
             module.mlp,
             (module.input_layernorm, module.post_attention_layernorm),
         )
-        layer = block.layer_behind() if isinstance(block, FusedSharedBlock) and x.shape[:2] == (1, 1) else None
+        layer = block.layer_behind() if isinstance(block, FusedBlock) and x.shape[:2] == (1, 1) else None
         quiet = layer is not None and layer.quiet and not torch.is_grad_enabled()
         if layer is None or not quiet or not isinstance(attention, FusedAttention):
             raise ValueError("no layer of ours, one whose predictor is asked, or gradients may be wanted")

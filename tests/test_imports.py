@@ -36,7 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "fate.synth",
         "fate.synth_routing",
         "fate.synth_checkpoint",
-        "fate.runtime",
+        "fate.engine",
         "fate.systems",
         "fate.diagnosis",
         "fate.evaluate",
@@ -236,7 +236,7 @@ def test_every_lazy_upward_import_is_still_needed() -> None:
 @pytest.mark.parametrize(
     "name, source, complaint",
     [
-        ("fate.cache.planted", "import fate.runtime", "policies may not import engine"),
+        ("fate.cache.planted", "import fate.engine", "policies may not import engine"),
         ("fate.cache.planted", "from fate import runtime", "policies may not import engine"),
         ("fate.cache.planted", "from ..runtime import x", "policies may not import engine"),
         ("fate.cache.planted", "def f():\n    from fate import load", "policies may not import public API"),
@@ -245,7 +245,7 @@ def test_every_lazy_upward_import_is_still_needed() -> None:
             "import importlib\nimportlib.import_module('fate.cli')",
             "torch may not import front ends",
         ),
-        ("fate.runtime.planted", "if x:\n    import fate.cli", "engine may not import front ends"),
+        ("fate.engine.planted", "if x:\n    import fate.cli", "engine may not import front ends"),
         ("fate.store.format", "import fate.store", "store format may not import torch"),
         ("fate.sim.planted", "from fate.quant.packing import chunks", "simulation may not import torch"),
         ("fate.core", "from fate.memory import parse_bytes", "values may not import foundation"),
@@ -274,7 +274,7 @@ def test_a_planted_import_is_caught(name: str, source: str, complaint: str) -> N
         ("fate.cache.planted", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         ("fate.cache.planted", "import numpy\nfrom fate.core import ExpertKey\nfrom fate.cache import base"),
         ("fate.predict.planted", "import torch\nfrom fate.predict import base"),
-        ("fate.runtime.planted", "import fate.cache, fate.predict, fate.quant.packing"),
+        ("fate.engine.planted", "import fate.cache, fate.predict, fate.quant.packing"),
         ("fate.cli.planted", "import fate\nfrom fate import bench"),
     ],
 )

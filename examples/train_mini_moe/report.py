@@ -26,7 +26,7 @@ import fate
 from fate.cache import POLICIES
 from fate.conversion import convert
 from fate.evaluate import perplexity
-from fate.runtime.session import FateModel
+from fate.engine.session import FateModel
 from fate.sim.belady import belady_misses
 from fate.sim.replay import replay
 from fate.similarity import measure_similarity

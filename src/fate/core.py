@@ -32,18 +32,32 @@ class Precision(enum.IntEnum):
     FULL = 16
 
 
+class Span(NamedTuple):
+    """Rows of one step that belong to one sequence. start: the position of the first. prompt: they are a prompt's, not
+    the one next token."""
+
+    sequence: int
+    rows: int
+    start: int
+    prompt: bool
+
+
 @dataclass(frozen=True)
 class Routing:
     """What a router decided for one layer in one step.
 
     pairs_per_expert: expert id -> number of (token, rank) pairs routed to it with non-zero weight, most popular first.
-    tokens: rows the router saw. prefill: they are a prompt's, not one next token of each sequence.
+    tokens: rows the router saw. prefill: some are a prompt's, not one next token of each sequence. gate_weights: of
+    each expert, in the same order, the sum of its pairs' weights (empty where nobody said). spans: whose rows they are,
+    in order (empty where nobody said).
     """
 
     layer: int
     pairs_per_expert: dict[int, int]
     tokens: int = 1
     prefill: bool = False
+    gate_weights: tuple[float, ...] = ()
+    spans: tuple[Span, ...] = ()
 
     @cached_property
     def experts(self) -> tuple[int, ...]:

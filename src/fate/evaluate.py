@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from fate.errors import UsageError
-from fate.runtime.session import FateModel
+from fate.engine.session import FateModel
 
 
 @dataclass(frozen=True)

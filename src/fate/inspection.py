@@ -12,8 +12,8 @@ from fate.core import Envelope
 from fate.memory import DEFAULT_PREFILL_CHUNK, Needs
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.packable import packable
-from fate.runtime import planning
-from fate.runtime.backend import EXPERTS_FUNCTION
+from fate.engine import planning
+from fate.engine.backend import EXPERTS_FUNCTION
 from fate.store.format import LayerSpec, MatrixSpec, RecordLayout, StoreHeader
 from fate.store.quantized import open_checkpoint
 from fate.store.reader import StoreReader, is_store

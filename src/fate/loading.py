@@ -36,8 +36,8 @@ from fate.transfer.link import parse_link
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fate.runtime.assembly import LoadOptions
-    from fate.runtime.session import FateModel
+    from fate.engine.assembly import LoadOptions
+    from fate.engine.session import FateModel
 
 logger = logging.getLogger("fate")
 Progress = Callable[[int, int, str], None]
@@ -91,7 +91,7 @@ def load(
     if dense is not None and not dense.store.samefile(store):
         raise UsageError(f"dense holds the weights of {dense.store}: give what was read ahead of {store}")
     with read_ahead(store, memory) if dense is None else nullcontext(dense) as reading:
-        from fate.runtime.assembly import LoadOptions
+        from fate.engine.assembly import LoadOptions
 
         options = LoadOptions(
             memory,

@@ -21,7 +21,7 @@ from fate.core import Envelope, ExpertKey, Precision
 from fate.errors import UsageError
 from fate.memory import MemoryPlan
 from fate.profile import LayerProfile, Machine, Profile
-from fate.runtime.session import FateModel, Session
+from fate.engine.session import FateModel, Session
 from fate.sim.curves import lru_miss_curves
 from fate.store.format import RecordLayout, StoreHeader
 from fate.systems import System

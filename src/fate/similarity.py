@@ -19,7 +19,7 @@ from torch import nn
 
 from fate.errors import UsageError
 from fate.models.adapter import MoELayer, find_moe_layers
-from fate.runtime.session import FateModel
+from fate.engine.session import FateModel
 
 
 @dataclass(frozen=True)

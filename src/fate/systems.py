@@ -18,8 +18,7 @@ from fate.registry import Registry
 @dataclass(frozen=True)
 class System:
     """predictor, policy, allocation, precision: names in their registries. cached: whether experts stay once used.
-    early_routing: demand at a block's entry where it allows it. switches_off: prefetching is tried, and given up where
-    it loses. source: where it was published."""
+    switches_off: prefetching is tried, and given up where it loses. source: where it was published."""
 
     name: str
     predictor: str = "none"
@@ -27,7 +26,6 @@ class System:
     allocation: str = "uniform"
     precision: str = "full"
     cached: bool = True
-    early_routing: bool = False
     switches_off: bool = False
     source: str = ""
 
@@ -64,7 +62,6 @@ for _system in (
     System(
         "cross-layer",
         predictor="cross-layer",
-        early_routing=True,
         source="Fate's cross-layer gate, arXiv 2502.12224, over LRU",
     ),
     System(
@@ -84,7 +81,6 @@ for _system in (
         "fate",
         predictor="cross-layer",
         policy="lrfu",
-        early_routing=True,
         switches_off=True,
         source="ours: the published system with what measurement added and without what it took away",
     ),
@@ -93,7 +89,6 @@ for _system in (
         predictor="cross-layer",
         policy="lrfu",
         allocation="measured",
-        early_routing=True,
         switches_off=True,
         source="fate, its slots shared by what a miss costs in each layer",
     ),
@@ -102,7 +97,6 @@ for _system in (
         predictor="cross-layer",
         policy="lrfu",
         precision="popularity",
-        early_routing=True,
         switches_off=True,
         source="fate with the hybrid quantization of arXiv 2502.12224: lossy in prefill",
     ),
@@ -110,7 +104,6 @@ for _system in (
         "cross-layer-int2",
         predictor="cross-layer",
         precision="int2",
-        early_routing=True,
         source="lossy: every expert at INT2",
     ),
 ):

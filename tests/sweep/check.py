@@ -19,7 +19,7 @@ from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.adapters import adapt
 from fate.models.adapters.stacked import StackedExperts
 from fate.models.auto import auto_class
-from fate.runtime.session import FateModel
+from fate.engine.session import FateModel
 from sweep.checkpoints import dequantize_experts, save_checkpoint
 from sweep.discovery import Family
 from sweep.tiny_configs import tiny_config

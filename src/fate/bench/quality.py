@@ -17,7 +17,7 @@ import torch
 from fate.bench.prompts import Encode
 from fate.errors import UsageError
 from fate.evaluate import Evaluation, perplexity
-from fate.runtime.session import FateModel
+from fate.engine.session import FateModel
 
 
 class Quality:

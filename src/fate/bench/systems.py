@@ -21,7 +21,7 @@ from fate.bench.quality import Quality
 from fate.bench.summary import Run, make_run
 from fate.loading import ensure_profile, load
 from fate.predict.oracle import Oracle
-from fate.runtime.session import FateModel
+from fate.engine.session import FateModel
 from fate.store.format import StoreHeader
 from fate.store.reader import StoreReader
 from fate.systems import System

@@ -52,6 +52,13 @@ def uniform(request: SlotRequest) -> list[int]:
     return shares
 
 
+@ALLOCATIONS.register("global")
+def global_pool(request: SlotRequest) -> list[int]:
+    """One pool for all layers: a layer's share is what its experts win from the others'. What is named here is only how
+    the slots would be divided evenly; see `ExpertCache(shared=True)`."""
+    return uniform(request)
+
+
 @ALLOCATIONS.register("shallow")
 def shallow(request: SlotRequest) -> list[int]:
     """Layers in order, each with all of its experts, as far as slots go; the others keep a floor.

@@ -1,14 +1,18 @@
 """The slot table: which expert is in which slot, and who may take whose place.
 
-Slots are equal and belong to nobody for good. Each layer *caches* up to its capacity, ordered by its eviction
-policy. Besides, up to `transient` experts of any layer are *staged*: prefetched and not yet asked for, or passing
-through because a layer needs more experts than it may cache. A staged expert that proves useful is promoted into its
-layer's cache without moving a byte; the victim's slot joins the free ones. So a wrong guess costs the cache nothing.
+All slots are equal. Each layer *caches* up to its capacity, in the order of its eviction policy; layers may also share
+one pool (`shared`). Besides, up to `transient` experts of any layer are *staged*: prefetched and not yet asked for, or
+passing through because a layer needs more experts than it may cache. A staged expert that its layer asks for is
+promoted into the cache without moving a byte, and the victim's slot becomes free. So a wrong prefetch costs the cache
+nothing.
+
+A slot is free when its last user says so: a read that still writes to it, or a kernel that still reads it. On a CPU a
+kernel has finished when it returns.
 
 Owns no bytes, no threads, no clock; every call is made under the owner's lock.
 
 >>> from fate.cache.lru import LRU
->>> cache = ExpertCache([2], transient=1, policy=LRU)
+>>> cache = ExpertCache([8], [2], transient=1, policy=LRU)
 >>> cache.admit(ExpertKey(0, 5)).slot, cache.admit(ExpertKey(0, 6)).slot
 (0, 1)
 >>> cache.admit(ExpertKey(0, 7)).slot       # evicts 5
@@ -17,162 +21,173 @@ Owns no bytes, no threads, no clock; every call is made under the owner's lock.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import enum
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from fate.cache.base import EvictionPolicy
 from fate.core import ExpertKey, Precision
 
 
-class Finishable(Protocol):
-    """What the cache must know of a transfer: whether it may still write to its slot."""
+class User(Protocol):
+    """Somebody who reads or writes a slot: a transfer, or an event on a device."""
 
     @property
     def finished(self) -> bool: ...
 
 
-T = TypeVar("T", bound=Finishable)
+T = TypeVar("T", bound=User)
 
 
-@dataclass(eq=False)
+class State(enum.Enum):
+    """LOADING: a read into the slot is under way. READY: the slot holds `precision`."""
+
+    LOADING = enum.auto()
+    READY = enum.auto()
+
+
+class Origin(enum.Enum):
+    """Why an expert was read: a layer asked for it (since then, for one that was prefetched), or a prediction named it."""
+
+    DEMAND = enum.auto()
+    PREFETCH = enum.auto()
+
+
+@dataclass(eq=False, slots=True)
 class Entry(Generic[T]):
     """One resident (or arriving) expert.
 
-    staged: in the transient region. precision: what the slot holds (None: nothing yet). transfer: the read under way.
-    prefetched: read before it was asked for; confidence: of that guess; guessed_bytes: what of it
-    had been read when an early word of the router confirmed it. early: demanded ahead of the access.
+    precision: what the slot holds now (None: nothing yet). transfer: the read under way, of an entry that is LOADING.
+    staged: in the transient region. confidence: of a prefetch. last_use: who computes with the slot on a device.
     """
 
     key: ExpertKey
     slot: int
     staged: bool
+    origin: Origin = Origin.DEMAND
     precision: Precision | None = None
     transfer: T | None = None
-    prefetched: bool = False
     confidence: float = 0.0
-    guessed_bytes: int | None = None
-    early: bool = False
+    last_use: User | None = None
+
+    @property
+    def state(self) -> State:
+        return State.READY if self.transfer is None else State.LOADING
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody still reads or writes the slot."""
+        return (self.transfer is not None and not self.transfer.finished) or (
+            self.last_use is not None and not self.last_use.finished
+        )
+
+
+@dataclass(eq=False)
+class _Pool(Generic[T]):
+    """Cached experts that compete for `capacity` slots. The policy knows an expert by `first[layer] + expert`."""
+
+    policy: EvictionPolicy
+    capacity: int
+    entries: dict[int, Entry[T]] = field(default_factory=dict)
 
 
 class ExpertCache(Generic[T]):
-    """Slots 0 .. sum(capacities) + transient - 1 shared by the experts of all layers."""
+    """num_experts, capacities: of each layer. shared: layers share one pool of sum(capacities) slots.
 
-    def __init__(self, capacities: Sequence[int], transient: int, policy: Callable[[int], EvictionPolicy]) -> None:
+    There are sum(capacities) + transient slots, numbered from 0.
+    """
+
+    def __init__(
+        self,
+        num_experts: Sequence[int],
+        capacities: Sequence[int],
+        transient: int,
+        policy: Callable[[int], EvictionPolicy],
+        *,
+        shared: bool = False,
+    ) -> None:
         if transient < 1:
             raise ValueError(f"the transient region needs at least one slot, not {transient}")
+        self.num_experts = tuple(num_experts)
         self.capacities = tuple(capacities)
         self.transient = transient
         self.num_slots = sum(capacities) + transient
         self.evictions = 0
         self.pinned: set[ExpertKey] = set()  # experts a lease computes with: never evicted
         self._policy = policy
-        self._whole_in = [array("q") for _ in capacities]  # see `whole_slots`
+        self._shared = shared
+        self._first = [sum(num_experts[:layer]) if shared else 0 for layer in range(len(num_experts))]
         self.clear()
 
     def clear(self) -> None:
         """Forget everything: all slots free, all policies new."""
         self.pinned.clear()
-        self._policies = [self._policy(capacity) for capacity in self.capacities]
-        self._cached: list[dict[int, Entry[T]]] = [{} for _ in self.capacities]  # of each layer, by expert
+        sizes = [sum(self.capacities)] if self._shared else self.capacities
+        pools: list[_Pool[T]] = [_Pool(self._policy(size), size) for size in sizes]
+        self._pools = pools * len(self.capacities) if self._shared else pools  # by layer
+        self._resident: list[dict[int, Entry[T]]] = [{} for _ in self.capacities]  # by layer and expert, staged too
+        self._cached: list[dict[int, Entry[T]]] = [{} for _ in self.capacities]  # by layer and expert
         self._staged: dict[ExpertKey, Entry[T]] = {}
-        self._entries: dict[ExpertKey, Entry[T]] = {}
-        for slots in self._whole_in:
-            del slots[:]
         self._free = list(range(self.num_slots - 1, -1, -1))  # popped from the end: slot 0 first
+        self._releasing: list[Entry[T]] = []  # dropped, while somebody still uses their slots
 
-    def lookup(self, key: ExpertKey) -> Entry[T] | None:
-        return self._entries.get(key)
-
-    def whole(self, layer: int, experts: Iterable[int]) -> list[Entry[T]] | None:
-        """Their entries, if every one is cached, read whole and not being read; changes nothing."""
-        cached, found = self._cached[layer], []
-        for expert in experts:
-            entry = cached.get(expert)
-            if entry is None or entry.transfer is not None or entry.precision is not Precision.FULL:
-                return None
-            found.append(entry)
-        return found
-
-    def whole_slots(self, layer: int) -> array[int]:
-        """By expert, the slot of those that are cached, read whole and not being read; -1, or beyond the end, of
-        others. What is whole stays so for as long as it is cached."""
-        return self._whole_in[layer]
-
-    def settled(self, entry: Entry[T]) -> None:
-        """What is read into the entry's slot has been: it is no longer being read."""
-        if entry.staged or entry.precision is not Precision.FULL or entry.transfer is not None:
-            return
-        slots, expert = self._whole_in[entry.key.layer], entry.key.expert
-        slots.extend([-1] * (expert + 1 - len(slots)))
-        slots[expert] = entry.slot
+    def lookup(self, layer: int, expert: int) -> Entry[T] | None:
+        return self._resident[layer].get(expert)
 
     def touch(self, entry: Entry[T]) -> None:
         """A cached expert was accessed."""
-        self._policies[entry.key.layer].on_hit(entry.key.expert)
+        layer, expert = entry.key
+        self._pools[layer].policy.on_hit(self._first[layer] + expert)
 
     def admit(self, key: ExpertKey) -> Entry[T] | None:
-        """Cache a new expert of `key.layer`, evicting if its layer is full; None when every cached one is pinned."""
-        self._policies[key.layer].on_miss(key.expert)
-        slot = self._make_room(key.layer)
-        if slot is None:
-            return None
-        return self._enter(Entry(key, slot, staged=False))
+        """Cache a new expert of `key.layer`, evicting if its pool is full; None when every cached one is in use."""
+        self._pools[key.layer].policy.on_miss(self._first[key.layer] + key.expert)
+        slot = self._slot_for(key.layer)
+        return None if slot is None else self._enter(Entry(key, slot, staged=False))
+
+    @property
+    def can_stage(self) -> bool:
+        """Whether `stage` has a slot to give."""
+        self.reap()
+        return bool(self._free) and len(self._staged) < self.transient
 
     def stage(self, key: ExpertKey) -> Entry[T] | None:
         """Give a new expert a transient slot; None when the region is full."""
-        if len(self._staged) >= self.transient or not self._free:
+        if not self.can_stage:
             return None
         return self._enter(Entry(key, self._free.pop(), staged=True))
 
     def promote(self, entry: Entry[T]) -> bool:
-        """Turn a staged expert into a cached one; False when its layer's cache is all pinned."""
-        self._policies[entry.key.layer].on_miss(entry.key.expert)
-        slot = self._make_room(entry.key.layer)
+        """Turn a staged expert into a cached one; False when its pool is all in use."""
+        layer, expert = entry.key
+        self._pools[layer].policy.on_miss(self._first[layer] + expert)
+        slot = self._slot_for(layer)
         if slot is None:
             return False
-        self._free.append(slot)  # the expert keeps its own slot, the layer's goes back
+        self._free.append(slot)  # the expert keeps its own slot, the pool's goes back
         del self._staged[entry.key]
         entry.staged = False
-        self._count_cached(entry)
-        self.settled(entry)
+        self._cache(entry)
         return True
 
-    def drop(self, entry: Entry[T], *, keep_slot: bool = False) -> None:
-        """Forget a resident expert. `keep_slot`: a read still writes to its slot; `free_slot` comes later."""
-        del self._entries[entry.key]
-        if entry.staged:
-            del self._staged[entry.key]
+    def drop(self, entry: Entry[T]) -> None:
+        """Forget a resident expert. Its slot is free once nobody uses it."""
+        self._remove(entry)
+        if entry.in_use:
+            self._releasing.append(entry)
         else:
-            del self._cached[entry.key.layer][entry.key.expert]
-            self._policies[entry.key.layer].on_evict(entry.key.expert)
-            if entry.key.expert < len(slots := self._whole_in[entry.key.layer]):
-                slots[entry.key.expert] = -1
-        if not keep_slot:
             self._free.append(entry.slot)
 
-    def free_slot(self, slot: int) -> None:
-        self._free.append(slot)
+    def reap(self) -> None:
+        """Take back the slots whose last users have finished."""
+        if self._releasing:
+            self._free += [entry.slot for entry in self._releasing if not entry.in_use]
+            self._releasing = [entry for entry in self._releasing if entry.in_use]
 
-    def resize(self, capacities: Sequence[int], transient: int) -> bool:
-        """Divide the same slots otherwise, evicting what a layer may no longer cache.
-
-        False, and nothing changes, while leases or reads hold what would have to go, or more experts are staged than
-        may be then.
-        """
-        if sum(capacities) + transient != self.num_slots:
-            raise ValueError(f"{sum(capacities)} cached and {transient} transient experts are not {self.num_slots}")
-        surplus = [max(len(cached) - capacity, 0) for cached, capacity in zip(self._cached, capacities, strict=True)]
-        if len(self._staged) > transient or any(
-            self._num_movable(layer) < count for layer, count in enumerate(surplus) if count
-        ):
-            return False
-        self.capacities, self.transient = tuple(capacities), transient
-        for layer, count in enumerate(surplus):
-            self._free += [slot for _ in range(count) if (slot := self._evict(layer)) is not None]
-            self._policies[layer].resize(capacities[layer])
-        return True
+    def releasing(self) -> list[T]:
+        """Reads that keep slots from being free."""
+        return [entry.transfer for entry in self._releasing if entry.transfer is not None]
 
     def staged(self) -> list[Entry[T]]:
         """Entries of the transient region, oldest first."""
@@ -180,13 +195,13 @@ class ExpertCache(Generic[T]):
 
     def begin_request(self) -> None:
         """A new sequence starts."""
-        for policy in self._policies:
-            policy.begin_request()
+        for pool in self._pools[:1] if self._shared else self._pools:
+            pool.policy.begin_request()
 
     @property
     def num_all_cached(self) -> int:
         """How many experts all layers cache."""
-        return len(self._entries) - len(self._staged)
+        return sum(map(len, self._cached))
 
     def num_cached(self, layer: int) -> int:
         """How many experts `layer` caches, landed or not; staged ones are not among them."""
@@ -197,49 +212,55 @@ class ExpertCache(Generic[T]):
         return self._cached[layer]
 
     def _enter(self, entry: Entry[T]) -> Entry[T]:
-        if entry.key in self._entries:
+        layer, expert = entry.key
+        if expert in self._resident[layer]:
             raise ValueError(f"{entry.key} is resident already")
-        self._entries[entry.key] = entry
+        self._resident[layer][expert] = entry
         if entry.staged:
             self._staged[entry.key] = entry
         else:
-            self._count_cached(entry)
+            self._cache(entry)
         return entry
 
-    def _count_cached(self, entry: Entry[T]) -> None:
-        self._cached[entry.key.layer][entry.key.expert] = entry
-        self._policies[entry.key.layer].on_insert(entry.key.expert)
+    def _cache(self, entry: Entry[T]) -> None:
+        layer, expert = entry.key
+        pool, number = self._pools[layer], self._first[layer] + expert
+        self._cached[layer][expert] = pool.entries[number] = entry
+        pool.policy.on_insert(number)
 
-    def _make_room(self, layer: int) -> int | None:
-        """A slot for one more cached expert of `layer`."""
-        if len(self._cached[layer]) < self.capacities[layer] and self._free:
+    def _remove(self, entry: Entry[T]) -> None:
+        layer, expert = entry.key
+        del self._resident[layer][expert]
+        if entry.staged:
+            del self._staged[entry.key]
+            return
+        pool, number = self._pools[layer], self._first[layer] + expert
+        del self._cached[layer][expert], pool.entries[number]
+        pool.policy.on_evict(number)
+
+    def _slot_for(self, layer: int) -> int | None:
+        """A slot for one more cached expert of `layer`, from the free ones or a victim; None where all are in use."""
+        self.reap()
+        pool = self._pools[layer]
+        if len(pool.entries) < pool.capacity and self._free:
             return self._free.pop()
-        return self._evict(layer)
-
-    def _evict(self, layer: int) -> int | None:
-        """The slot of the expert that `layer` does best without; None when it must keep all it caches."""
-        victim = self._policies[layer].victim(_Unmovable(self._cached[layer], self.pinned))
+        victim = pool.policy.victim(_InUse(pool.entries, self.pinned))
         if victim is None:
             return None
-        entry = self._cached[layer][victim]
-        self.drop(entry, keep_slot=True)
+        entry = pool.entries[victim]
+        self._remove(entry)
         self.evictions += 1
         return entry.slot
 
-    def _num_movable(self, layer: int) -> int:
-        cached = self._cached[layer]
-        unmovable = _Unmovable(cached, self.pinned)
-        return sum(expert not in unmovable for expert in cached)
 
+class _InUse(Generic[T]):
+    """`number in in_use`: a lease holds the expert, or somebody still uses its slot."""
 
-class _Unmovable(Generic[T]):
-    """`expert in unmovable`: a lease holds it, or a read still writes to its slot."""
-
-    def __init__(self, cached: Mapping[int, Entry[T]], pinned: Container[ExpertKey]) -> None:
-        self._cached = cached
+    def __init__(self, entries: dict[int, Entry[T]], pinned: Container[ExpertKey]) -> None:
+        self._entries = entries
         self._pinned = pinned
 
-    def __contains__(self, expert: object) -> bool:
-        assert isinstance(expert, int)
-        entry = self._cached[expert]
-        return (entry.transfer is not None and not entry.transfer.finished) or entry.key in self._pinned
+    def __contains__(self, number: object) -> bool:
+        assert isinstance(number, int)
+        entry = self._entries[number]
+        return entry.in_use or entry.key in self._pinned

@@ -52,7 +52,7 @@ def run(
         from fate.cli.explanation import print_explanation
         from fate.cli.generation import Sampling, TimedStreamer, generate, report, summary
         from fate.explanation import observe
-        from fate.runtime.generation import check_envelope
+        from fate.engine.generation import check_envelope
 
         with byte_progress() as bar:
             store = ensure_store(model, bar, trust_remote_code)

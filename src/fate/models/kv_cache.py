@@ -13,6 +13,8 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from fate.kernels.decode import KVRows
+
 
 def planned_cache(config: PreTrainedConfig, max_context: int) -> DynamicCache:
     """A DynamicCache for `config` whose ordinary layers hold up to `max_context` tokens without reallocation.
@@ -90,16 +92,27 @@ class PlannedLayer(DynamicLayer):
             self._tokens = held
         return held
 
-    def room(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        """The buffers of keys and values [batch, heads, positions, dim] and the first free position, for who writes a
-        token of each sequence there and then calls `wrote`; None where that takes `update`."""
-        if self._tokens is None:
+    def next_rows(self, rows: int, dtype: torch.dtype) -> KVRows | None:
+        """Where the next token of each of `rows` sequences goes, for who writes keys and values there and then calls
+        `advance`; None where that takes `update`."""
+        if self._tokens is None or self._tokens >= self._positions():
             return None
         keys, values = self._buffers["keys"], self._buffers["values"]
-        return (keys, values, self._tokens) if self._tokens < self._positions() and keys.shape[0] == batch else None
+        if keys.shape[0] != rows or keys.dtype != dtype or not keys.is_cpu:
+            return None
+        key_strides, value_strides, item = keys.stride(), values.stride(), keys.element_size()
+        key, value = keys.data_ptr(), values.data_ptr()
+        return KVRows(
+            [key + row * key_strides[0] * item for row in range(rows)],
+            [value + row * value_strides[0] * item for row in range(rows)],
+            key_strides[1:3],
+            value_strides[1:3],
+            [0] * rows,
+            [self._tokens + 1] * rows,
+        )
 
-    def wrote(self) -> None:
-        """The first free position was written."""
+    def advance(self) -> None:
+        """The next position of every sequence was written."""
         assert self._tokens is not None
         self._tokens += 1
 

@@ -16,15 +16,18 @@ from fate.core import Prediction, Routing
 from fate.registry import Registry
 
 
+Ranked = tuple[tuple[int, float], ...]
+
+
 class Gate(Protocol):
     """A layer's router, usable on any gate input without disturbing the model."""
 
-    def rank(self, gate_input: Any, limit: int) -> tuple[tuple[int, float], ...] | None:
-        """At most `limit` experts, those this router would choose first, each with a share in [0, 1]; None: who knows.
+    def rank(self, gate_input: Any, limit: int) -> Sequence[Ranked] | None:
+        """Of each row: at most `limit` experts, those this router would choose first, each with the gate's probability;
+        None: the router cannot be asked."""
 
-        Of one token: the gate's probabilities, candidates past its choice included. Of several: each expert's share of
-        all tokens' routing weights, the chosen only.
-        """
+    def shares(self, gate_input: Any) -> Ranked | None:
+        """Of all rows together: each chosen expert's share of the routing weights, the largest first."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Predictor(ABC):
     def predict(self, routing: Routing, gate_input: Any) -> Sequence[Prediction]:
         """Called when `routing` of a layer is known; names experts of later layers (of this token, or of the next: the
         first layers again), nearest first. gate_input: what the router saw, None where it cannot be had."""
+
+    def begin_step(self, step: Any) -> Sequence[Prediction]:
+        """Called when a forward begins, before its first layer: for predictors that know the whole token at once. step:
+        the model's input, token ids or embeddings [batch, tokens, ...]."""
+        return ()
 
     def begin_request(self) -> None:  # noqa: B027 - most predictors keep nothing of a request
         """A new sequence starts with the next routing of layer 0."""

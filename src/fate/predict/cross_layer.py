@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fate.core import Prediction, Routing
-from fate.predict.base import PREDICTORS, Predictor, PredictorContext
-from fate.predict.calibration import Calibration, Saying
+from fate.predict.base import PREDICTORS, Predictor, PredictorContext, Ranked
+from fate.predict.calibration import Calibration, GateOutput
 from fate.predict.popularity import RecentPopularity
 
 LOOKAHEAD = 2  # layers
@@ -38,12 +38,12 @@ class CrossLayerGate(Predictor):
         limit = CANDIDATES * context.top_k
         self._limits = [min(limit, experts) for experts in context.num_experts]
         self._calibrations: dict[tuple[int, int], Calibration] = {}
-        self._said: dict[tuple[int, int], Saying] = {}  # (layer, distance) -> what its gate answered
+        self._pending: dict[tuple[int, int], list[GateOutput]] = {}  # (layer, distance) -> what its gate gave, by row
         first_layers = range(min(LOOKAHEAD, self._num_layers))
         self._recent = {layer: RecentPopularity(context.num_experts[layer]) for layer in first_layers}
 
     def predict(self, routing: Routing, gate_input: Any) -> Sequence[Prediction]:
-        if routing.tokens > 1:
+        if routing.prefill and routing.tokens > 1:
             return self._prompt(routing, gate_input)
         self._learn(routing)
         ahead = (routing.layer + distance for distance in range(1, LOOKAHEAD + 1))
@@ -55,7 +55,7 @@ class CrossLayerGate(Predictor):
         if gate_input is None or target >= self._num_layers or not self.context.incomplete(target):
             return ()
         gate = self.context.gates[target]
-        ranked = gate.rank(gate_input, self.context.num_experts[target]) if gate is not None else None
+        ranked = gate.shares(gate_input) if gate is not None else None
         return (Prediction(target, ranked),) if ranked else ()
 
     def _ahead(self, layer: int, distance: int, gate_input: Any) -> Prediction | None:
@@ -64,25 +64,30 @@ class CrossLayerGate(Predictor):
         gate = self.context.gates[layer]
         if gate is None or gate_input is None or not self.context.incomplete(layer):
             return None
-        ranked = gate.rank(gate_input, self._limits[layer])
-        if not ranked:
-            return None
-        return self._prediction(layer, distance, ranked)
+        rows = gate.rank(gate_input, self._limits[layer])
+        return self._prediction(layer, distance, rows) if rows else None
 
     def _next_token(self, layer: int) -> Prediction | None:
         """The first layers have no gate input yet: what tokens used lately."""
         if layer not in self._recent or not self.context.incomplete(layer):
             return None
-        return self._prediction(layer, 0, self._recent[layer].ranked(self._limits[layer]))
+        return self._prediction(layer, 0, [self._recent[layer].ranked(self._limits[layer])])
 
-    def _prediction(self, layer: int, distance: int, ranked: Sequence[tuple[int, float]]) -> Prediction:
+    def _prediction(self, layer: int, distance: int, rows: Sequence[Ranked]) -> Prediction:
+        """What some row is expected to need: rows are independent, so confidences add up as probabilities do."""
         cached = self.context.cached(layer)
-        absent = frozenset([expert for expert, _ in ranked if expert not in cached])
-        saying = self._said[layer, distance] = Saying(ranked, absent)
-        worth = PATIENCE if distance > 1 else 1.0
-        named = self._calibration(layer, distance).confident(saying)
-        least = self._least_confidence()
-        return Prediction(layer, tuple((e, c * worth if c >= least else 0.0) for e, c in named))
+        calibration = self._calibration(layer, distance)
+        self._pending[layer, distance] = outputs = [GateOutput(row, cached) for row in rows]
+        if len(outputs) == 1:
+            named = calibration.confident(outputs[0])
+        else:
+            absent: dict[int, float] = {}  # by expert: how likely no row needs it
+            for output in outputs:
+                for expert, confidence in calibration.confident(output):
+                    absent[expert] = absent.get(expert, 1.0) * (1 - confidence)
+            named = sorted(((e, 1 - none) for e, none in absent.items()), key=lambda pair: -pair[1])
+        worth, least = PATIENCE if distance > 1 else 1.0, self._least_confidence()
+        return Prediction(layer, tuple([(e, c * worth if c >= least else 0.0) for e, c in named]))
 
     def _least_confidence(self) -> float:
         busier = max(self.context.link_load() - BUSY_LOAD, 0.0) / (1 - BUSY_LOAD)
@@ -91,8 +96,10 @@ class CrossLayerGate(Predictor):
     def _learn(self, routing: Routing) -> None:
         layer, needed = routing.layer, frozenset(routing.experts)
         for distance in range(LOOKAHEAD + 1):
-            if (saying := self._said.pop((layer, distance), None)) is not None:
-                self._calibration(layer, distance).learn(saying, needed)
+            if (outputs := self._pending.pop((layer, distance), None)) is not None:
+                calibration = self._calibration(layer, distance)
+                for output in outputs:
+                    calibration.learn(output, needed, alone=len(outputs) == 1)
         if layer in self._recent:
             self._recent[layer].learn(needed)
 

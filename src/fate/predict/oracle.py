@@ -25,7 +25,7 @@ from fate.trace import TraceStep
 
 @PREDICTORS.register("oracle")
 class Oracle(Predictor):
-    """Must be asked in every step, at every layer (again, where early routing did not stand). Raises UsageError from
+    """Must be asked in every step, at every layer. Raises UsageError from
     `predict` in a request that was not foretold; beyond its end it names nothing."""
 
     needs_future = True
@@ -54,7 +54,7 @@ class Oracle(Predictor):
             )
         self._at += routing.layer < self._layer or self._num_layers == 1
         self._layer = routing.layer
-        if routing.tokens > 1:  # of a prompt, the rest of its own layers, by the share of its tokens' choices
+        if routing.prefill and routing.tokens > 1:  # of a prompt, the rest of its own layers, by the share of its tokens' choices
             furthest = min(self.lookahead - LOOKAHEAD + 1, self._num_layers - 1 - routing.layer)
         else:
             furthest = min(self.lookahead, self._num_layers - 1)
@@ -68,7 +68,7 @@ class Oracle(Predictor):
         if at >= len(self._steps) or not self.context.incomplete(layer):
             return None
         pairs = self._steps[at].layers[layer]
-        most = sum(pairs.values()) if routing.tokens > 1 else 1
+        most = sum(pairs.values()) if routing.prefill and routing.tokens > 1 else 1
         worth = PATIENCE ** (distance - 1)
         return Prediction(layer, tuple((e, worth * min(count, most) / most) for e, count in pairs.items()))
 

@@ -33,6 +33,7 @@ from typing import IO, Any, NoReturn
 
 from fate.core import Routing
 from fate.errors import TraceError
+from fate.trace.observer import LayerEvent, Observer
 
 FORMAT = "fate-routing-trace"
 VERSION = 1
@@ -103,7 +104,7 @@ class RoutingTrace:
         return _Reader(Path(path)).read()
 
 
-class Recorder:
+class Recorder(Observer):
     """Gathers routings, in the order in which layers report them, into the steps of a trace.
 
     A forward that did not reach its last layer (an interrupt, a failed read) leaves no step.
@@ -119,6 +120,11 @@ class Recorder:
         """A new sequence starts with the next routing."""
         self._request += 1
         self._open.clear()
+
+    on_request = begin_request
+
+    def on_layer(self, event: LayerEvent) -> None:
+        self.record(event.routing)
 
     def record(self, routing: Routing) -> None:
         if routing.layer == 0:

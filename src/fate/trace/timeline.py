@@ -11,6 +11,9 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from fate.core import ExpertKey
+from fate.trace.observer import LayerEvent, Observer
+
 # A decoded token of 28 layers leaves some 300 events: enough for about 600 tokens, in some 40 MB.
 DEFAULT_MAX_EVENTS = 200_000
 
@@ -40,7 +43,7 @@ class Event:
         return self.end_s - self.start_s
 
 
-class Timeline:
+class Timeline(Observer):
     """The first `max_events` events in the order they were added; `dropped` counts those beyond. Any thread may add."""
 
     def __init__(self, max_events: int = DEFAULT_MAX_EVENTS) -> None:
@@ -57,6 +60,17 @@ class Timeline:
                 self._events.append(Event(start_s, end_s, kind, layer, expert, num_bytes))
             else:
                 self.dropped += 1
+
+    def on_layer(self, event: LayerEvent) -> None:
+        layer = event.routing.layer
+        for kind, spans in (("predict", (event.predict,)), ("stall", event.stalls), ("compute", event.computes)):
+            for span in spans:
+                if span is not None:
+                    self.add(*span, kind, layer)
+        self.add(event.start_s, event.end_s, "layer", layer)
+
+    def on_read(self, key: ExpertKey, kind: str, start_s: float, end_s: float, num_bytes: int) -> None:
+        self.add(start_s, end_s, kind, *key, num_bytes)
 
     @property
     def events(self) -> list[Event]:

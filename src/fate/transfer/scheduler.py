@@ -21,7 +21,6 @@ from typing import Protocol
 
 from fate.core import ExpertKey, Precision
 from fate.errors import ClosedError, FateError, TransferError
-from fate.trace.timeline import Timeline
 
 PREFETCH_CHUNK_BYTES = 1 << 20
 
@@ -80,7 +79,7 @@ class Transfer:
     """One read of bytes [offset, offset + length) of an expert's record into `slot`.
 
     precision: what the slot holds once this is DONE. demand: a layer waits for it; guessed_bytes: what was read before
-    it did. error: why it FAILED.
+    it did. prefill: it was asked for in a prompt's step. error: why it FAILED.
     """
 
     key: ExpertKey
@@ -89,6 +88,7 @@ class Transfer:
     length: int
     precision: Precision = Precision.FULL
     demand: bool = True
+    prefill: bool = False
     confidence: float = 1.0
     state: State = State.QUEUED
     guessed_bytes: int = 0
@@ -107,14 +107,15 @@ class Transfer:
 
 
 Meter = Callable[[Transfer, int, int], None]
+Listener = Callable[[ExpertKey, str, float, float, int], None]
 
 
 class TransferScheduler:
     """`workers` threads reading from `source`. All methods may be called from any thread.
 
-    prefetch_cap_bytes bounds the bytes of prefetches that are queued or being read. `meter`: told of all bytes read
-    (transfer, those it was guessed at, those demanded), by one thread at a time. `timeline`: where reads are noted
-    down. An exception in the caller (a KeyboardInterrupt may come anywhere) can leave a transfer that nobody waits for;
+    prefetch_cap_bytes bounds the bytes of prefetches that are queued or being read. meter: told of all bytes read
+    (transfer, those it was guessed at, those demanded), by one thread at a time. listener: told of every read (expert,
+    "demand" or "prefetch", start and end in seconds, bytes). An exception in the caller (a KeyboardInterrupt may come anywhere) can leave a transfer that nobody waits for;
     `quiesce` forgets them all.
     """
 
@@ -124,9 +125,11 @@ class TransferScheduler:
         *,
         workers: int = 2,
         prefetch_cap_bytes: int = 1 << 62,
+        meter: Meter | None = None,
+        listener: Listener | None = None,
     ) -> None:
-        self.meter: Meter | None = None
-        self.timeline: Timeline | None = None
+        self._meter = meter
+        self._listener = listener
         self._source = source
         self._cap = prefetch_cap_bytes
         self._lock = threading.RLock()  # re-entrant: a finalizer may close us from any allocation
@@ -276,9 +279,9 @@ class TransferScheduler:
                 at, left = transfer.offset + transfer.bytes_read, transfer.length - transfer.bytes_read
                 kind, start, before = "demand" if transfer.demand else "prefetch", time.perf_counter(), at
                 self._source.read(transfer.key, transfer.slot, at, left, transfer.progress)
-                if (timeline := self.timeline) is not None:
+                if self._listener is not None:
                     read = transfer.offset + transfer.bytes_read - before
-                    timeline.add(start, time.perf_counter(), kind, *transfer.key, read)
+                    self._listener(transfer.key, kind, start, time.perf_counter(), read)
                 with self._lock:
                     if not self._goes_on(transfer):
                         return
@@ -304,11 +307,11 @@ class TransferScheduler:
         return True
 
     def _account(self, transfer: Transfer) -> None:
-        if self.meter is None:
+        if self._meter is None:
             return
         read, metered = transfer.bytes_read, transfer.metered_bytes
         guessed = max(0, (transfer.guessed_bytes if transfer.demand else read) - metered)
-        self.meter(transfer, guessed, read - metered - guessed)
+        self._meter(transfer, guessed, read - metered - guessed)
         transfer.metered_bytes = read
 
     def _step_aside(self) -> None:

@@ -4,118 +4,140 @@
 #include <cmath>
 #include <numeric>
 
+#include "dispatch.h"
+#include "ops.h"
 #include "tokens.h"
 
 namespace fate {
 
 namespace {
 
-constexpr int kRows = 4, kItemRows = 8;
-constexpr int64_t kMinShared = 1 << 15;  // weights that are worth a helper: a gate's are read from memory
+constexpr int kSumLanes = 16;
+constexpr int kRows = 4;           // multiplied at once, so that sums do not wait for one another
+constexpr int kItemRows = 8;       // of one thread's item
+constexpr int64_t kTokenBlock = 32;  // tokens held as floats at a time
+constexpr int64_t kMinShared = 1 << 15;  // weights times tokens that are worth a helper
 
-// `count` rows at once, so that sums do not wait for one another.
-template <typename T, float (*Float)(T), int count>
-inline void dot(const T* weights, const float* x, int n, float* out) {
-    float lanes[count][kLanes] = {};
+// `count` rows of weights times one token.
+template <typename Type, int count>
+__attribute__((always_inline)) inline void dot(const typename Type::Item* weights, const float* x, int n, float* out) {
+    float lanes[count][kSumLanes] = {};
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
+    for (; i + kSumLanes <= n; i += kSumLanes) {
         for (int r = 0; r < count; ++r) {
-            const T* row = weights + static_cast<int64_t>(r) * n + i;
-            for (int lane = 0; lane < kLanes; ++lane) lanes[r][lane] += Float(row[lane]) * x[i + lane];
+            const auto* row = weights + static_cast<int64_t>(r) * n + i;
+            for (int lane = 0; lane < kSumLanes; ++lane) lanes[r][lane] += Type::to_float(row[lane]) * x[i + lane];
         }
     }
     for (int r = 0; r < count; ++r) {
-        float sum = std::accumulate(lanes[r], lanes[r] + kLanes, 0.0f);
-        for (int at = i; at < n; ++at) sum += Float(weights[static_cast<int64_t>(r) * n + at]) * x[at];
+        float sum = 0.0f;
+        for (int lane = 0; lane < kSumLanes; ++lane) sum += lanes[r][lane];
+        for (int at = i; at < n; ++at) sum += Type::to_float(weights[static_cast<int64_t>(r) * n + at]) * x[at];
         out[r] = sum;
     }
 }
 
-inline float same(float value) { return value; }
-
-template <typename T, float (*Float)(T)>
-inline void products(const void* weights, const float* x, int rows, int cols, float* out) {
-    const T* row = static_cast<const T*>(weights);
+template <typename Type>
+__attribute__((always_inline)) inline void products(const void* weights, const float* x, int rows, int cols,
+                                                    float* out) {
+    const auto* row = static_cast<const typename Type::Item*>(weights);
     int r = 0;
-    for (; r + kRows <= rows; r += kRows, row += static_cast<int64_t>(kRows) * cols) {
-        dot<T, Float, kRows>(row, x, cols, out + r);
-    }
-    for (; r < rows; ++r, row += cols) dot<T, Float, 1>(row, x, cols, out + r);
+    for (; r + kRows <= rows; r += kRows, row += static_cast<int64_t>(kRows) * cols)
+        dot<Type, kRows>(row, x, cols, out + r);
+    for (; r < rows; ++r, row += cols) dot<Type, 1>(row, x, cols, out + r);
 }
 
 FATE_CLONES void multiply_rows(const void* weights, const float* x, DType dtype, int rows, int cols, float* out) {
-    switch (dtype) {
-        case DType::kFloat32:
-            return products<float, same>(weights, x, rows, cols, out);
-        case DType::kBFloat16:
-            return products<uint16_t, bfloat16_to_float>(weights, x, rows, cols, out);
-        case DType::kFloat16:
-            return products<uint16_t, half_to_float>(weights, x, rows, cols, out);
+    if (dtype == DType::kFloat32) products<Float32>(weights, x, rows, cols, out);
+    else if (dtype == DType::kBFloat16) products<BFloat16>(weights, x, rows, cols, out);
+    else products<Float16>(weights, x, rows, cols, out);
+}
+
+// Calls done(first token, tokens, floats [tokens, rows]) for one block of tokens after the other.
+template <typename Done>
+void multiply(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, int threads,
+              const Done& done) {
+    const int64_t block = std::min(tokens, kTokenBlock);
+    Scratch& scratch = Scratch::reserve(Scratch::rounded(block * cols * sizeof(float)) +
+                                        Scratch::rounded(block * rows * sizeof(float)));
+    float *input = scratch.take<float>(block * cols), *out = scratch.take<float>(block * rows);
+    const int items = (rows + kItemRows - 1) / kItemRows;
+    for (int64_t first = 0; first < tokens; first += block) {
+        const int64_t count = std::min(block, tokens - first);
+        load_floats(element(x, dtype, first * cols), dtype, count * cols, input);
+        const int team = static_cast<int64_t>(rows) * cols * count < kMinShared ? 1 : threads;
+        parallel_for(items, team, [&](int64_t item, int) {
+            const int row = static_cast<int>(item) * kItemRows, some = std::min(kItemRows, rows - row);
+            const void* own = element(weights, dtype, static_cast<int64_t>(row) * cols);
+            for (int64_t t = 0; t < count; ++t) multiply_rows(own, input + t * cols, dtype, some, cols, out + t * rows + row);
+        });
+        done(first, count, out);
     }
 }
 
-// weights [rows, cols] times x [cols], both of `dtype` -> out, summed in float32. `input`: scratch [cols].
-void multiply(const void* weights, const void* x, DType dtype, int rows, int cols, float* input, float* out,
-              int threads = 1) {
-    load_floats(x, dtype, cols, input);
-    const int items = (rows + kItemRows - 1) / kItemRows;
-    parallel_for(items, static_cast<int64_t>(rows) * cols < kMinShared ? 1 : threads, [&](int64_t item, int) {
-        const int first = static_cast<int>(item) * kItemRows;
-        const char* own = static_cast<const char*>(weights) + static_cast<int64_t>(first) * cols * item_bytes(dtype);
-        multiply_rows(own, input, dtype, std::min(kItemRows, rows - first), cols, out + first);
+// The `limit` largest, of equals the lower index.
+void choose(const float* logits, int experts, int limit, int* order) {
+    std::iota(order, order + experts, 0);
+    std::partial_sort(order, order + limit, order + experts, [&](int a, int b) {
+        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
     });
+}
+
+float sum_of_exponentials(const float* logits, int experts, float top) {
+    float total = 0.0f;
+    for (int e = 0; e < experts; ++e) total += std::exp(logits[e] - top);
+    return total;
 }
 
 }  // namespace
 
-std::vector<std::pair<int, float>> rank_experts(const void* weights, const void* x, DType dtype, int experts,
-                                                int hidden, int limit) {
-    std::vector<float> input(hidden), logits(experts);
-    multiply(weights, x, dtype, experts, hidden, input.data(), logits.data());
-    std::vector<int> order(experts);
-    std::iota(order.begin(), order.end(), 0);
+std::vector<Ranked> rank_experts(const void* weights, const void* x, DType dtype, int experts, int hidden,
+                                 int64_t tokens, int limit, int threads) {
     limit = std::min(limit, experts);
-    std::partial_sort(order.begin(), order.begin() + limit, order.end(), [&](int a, int b) {
-        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    std::vector<Ranked> ranked(tokens, Ranked(limit));
+    std::vector<int> order(experts);
+    multiply(weights, x, dtype, experts, hidden, tokens, threads, [&](int64_t first, int64_t count, const float* rows) {
+        for (int64_t t = 0; t < count; ++t) {
+            const float* logits = rows + t * experts;
+            choose(logits, experts, limit, order.data());
+            const float top = logits[order[0]], total = sum_of_exponentials(logits, experts, top);
+            for (int i = 0; i < limit; ++i)
+                ranked[first + t][i] = {order[i], std::exp(logits[order[i]] - top) / total};
+        }
     });
-    const float top = logits[order[0]];
-    float total = 0;
-    for (const float logit : logits) total += std::exp(logit - top);
-    std::vector<std::pair<int, float>> ranked(limit);
-    for (int i = 0; i < limit; ++i) ranked[i] = {order[i], std::exp(logits[order[i]] - top) / total};
     return ranked;
 }
 
-void multiply_few_rows(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, void* out) {
-    std::vector<float> input(cols), products(rows);
-    const int64_t item = item_bytes(dtype);
-    for (int64_t t = 0; t < tokens; ++t) {
-        multiply(weights, static_cast<const char*>(x) + t * cols * item, dtype, rows, cols, input.data(),
-                 products.data());
-        store_floats(products.data(), rows, dtype, static_cast<char*>(out) + t * rows * item);
-    }
+void multiply_few_rows(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, void* out,
+                       int threads) {
+    multiply(weights, x, dtype, rows, cols, tokens, threads, [&](int64_t first, int64_t count, const float* products) {
+        store_floats(products, count * rows, dtype, element(out, dtype, first * rows));
+    });
 }
 
-void route(const void* weights, const void* x, DType dtype, int experts, int hidden, const Choice& choice,
-           int threads) {
-    std::vector<float> input(hidden), logits(experts), scores(choice.top_k);
-    multiply(weights, x, dtype, experts, hidden, input.data(), logits.data(), threads);
-    store_floats(logits.data(), experts, dtype, choice.logits);
-    load_floats(choice.logits, dtype, experts, logits.data());
+void route(const void* weights, const void* x, DType dtype, int experts, int hidden, int64_t tokens,
+           const Choice& choice, int threads) {
+    const int top_k = choice.top_k;
     std::vector<int> order(experts);
-    std::iota(order.begin(), order.end(), 0);
-    std::partial_sort(order.begin(), order.begin() + choice.top_k, order.end(), [&](int a, int b) {
-        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    std::vector<float> logits(experts), scores(top_k);
+    multiply(weights, x, dtype, experts, hidden, tokens, threads, [&](int64_t first, int64_t count, const float* rows) {
+        for (int64_t t = 0; t < count; ++t) {
+            const int64_t token = first + t;
+            void* rounded = element(choice.logits, dtype, token * experts);
+            store_floats(rows + t * experts, experts, dtype, rounded);
+            load_floats(rounded, dtype, experts, logits.data());
+            choose(logits.data(), experts, top_k, order.data());
+            const float top = logits[order[0]], total = sum_of_exponentials(logits.data(), experts, top);
+            float chosen = 0.0f;
+            for (int rank = 0; rank < top_k; ++rank) {
+                choice.indices[token * top_k + rank] = order[rank];
+                chosen += scores[rank] = std::exp(logits[order[rank]] - top) / total;
+            }
+            if (choice.renormalize)
+                for (float& score : scores) score /= chosen;
+            store_floats(scores.data(), top_k, choice.score_dtype, element(choice.scores, choice.score_dtype, token * top_k));
+        }
     });
-    float total = 0.0f, chosen = 0.0f;
-    for (float logit : logits) total += std::exp(logit - logits[order[0]]);
-    for (int rank = 0; rank < choice.top_k; ++rank) {
-        choice.indices[rank] = order[rank];
-        chosen += scores[rank] = std::exp(logits[order[rank]] - logits[order[0]]) / total;
-    }
-    if (choice.normalize)
-        for (float& score : scores) score /= chosen;
-    store_floats(scores.data(), choice.top_k, choice.score_dtype, choice.scores);
 }
 
 }  // namespace fate

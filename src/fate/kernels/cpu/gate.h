@@ -1,4 +1,4 @@
-// Matrices of few rows, as gates are, times few tokens: near enough to the model's own arithmetic, and cheap.
+// Routers: matrices of few rows, times any number of tokens, and the choice of experts from what they give.
 #pragma once
 
 #include <cstdint>
@@ -9,25 +9,29 @@
 
 namespace fate {
 
-// The `limit` likeliest of softmax(weights [experts, hidden] x [hidden]), with their probabilities, likeliest first.
-// Weights and x are of `dtype`.
-std::vector<std::pair<int, float>> rank_experts(const void* weights, const void* x, DType dtype, int experts,
-                                                int hidden, int limit);
+using Ranked = std::vector<std::pair<int, float>>;
 
-// x [tokens, cols] times weights [rows, cols] -> out [tokens, rows]; all of `dtype`, summed in float32.
-void multiply_few_rows(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, void* out);
+// Of each of `tokens` rows of x [tokens, hidden]: the `limit` likeliest of softmax(weights [experts, hidden] x), with
+// their probabilities, likeliest first, of equals the lower index. Weights and x are of `dtype`.
+std::vector<Ranked> rank_experts(const void* weights, const void* x, DType dtype, int experts, int hidden,
+                                 int64_t tokens, int limit, int threads);
 
-// A softmax router's answer for one token: logits [experts] = weights x, rounded to `dtype`, the `top_k` largest of
-// their softmax, largest first (of equals the lower index), divided by their sum if `normalize`.
+// x [tokens, cols] times weights [rows, cols] -> out [tokens, rows]; all of `dtype`, summed in float32. A token's sums
+// are added in one order, however many tokens and threads there are.
+void multiply_few_rows(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, void* out,
+                       int threads);
+
+// A softmax router's answer for `tokens` tokens: logits = weights x, rounded to `dtype`; the `top_k` largest of their
+// softmax, largest first, of equals the lower index, divided by their sum if `renormalize`.
 struct Choice {
-    void* logits;       // [experts], of `dtype`
-    void* scores;       // [top_k]
+    void* logits;      // [tokens, experts], of `dtype`
+    void* scores;      // [tokens, top_k]
     DType score_dtype;
-    int64_t* indices;   // [top_k]
+    int64_t* indices;  // [tokens, top_k]
     int top_k;
-    bool normalize;
+    bool renormalize;
 };
-void route(const void* weights, const void* x, DType dtype, int experts, int hidden, const Choice& choice,
-           int threads);
+void route(const void* weights, const void* x, DType dtype, int experts, int hidden, int64_t tokens,
+           const Choice& choice, int threads);
 
 }  // namespace fate

@@ -7,16 +7,17 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "attention.h"
-#include "block.h"
-#include "fused.h"
+#include "decode.h"
 #include "gate.h"
 #include "linear.h"
+#include "ops.h"
 #include "quantize.h"
 #include "rows.h"
 #include "tiles.h"
@@ -147,24 +148,23 @@ void bind_gather_rows(const Record& record, int index, uint64_t packed, uint64_t
 
 using Strides = std::tuple<int64_t, int64_t, int64_t>;  // batch, head, position
 
-AttentionCall attention_call(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides,
-                             int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims,
-                             float scale) {
-    const auto [batch, heads, kv_heads, length] = shape;
-    const auto [key_dim, value_dim] = dims;
-    require(batch > 0 && kv_heads > 0 && heads % kv_heads == 0 && length > 0 && key_dim > 0 && value_dim > 0,
-            "attention needs positions, dimensions, and heads that share key-value heads equally");
-    return {pointer<const void>(q), pointer<const void>(keys), pointer<const void>(values),
-            std::make_from_tuple<CacheStrides>(key_strides), std::make_from_tuple<CacheStrides>(value_strides),
-            static_cast<DType>(dtype), batch, heads, kv_heads, length, key_dim, value_dim, scale, nullptr, 1};
-}
-
 void bind_attend(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides, int dtype,
                  std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims, float scale,
                  uint64_t out, int threads) {
-    AttentionCall call = attention_call(q, keys, key_strides, values, value_strides, dtype, shape, dims, scale);
-    call.out = pointer<void>(out);
-    call.threads = threads;
+    const auto [batch, heads, kv_heads, length] = shape;
+    const auto [key_dim, value_dim] = dims;
+    const auto [key_batch, key_head, key_position] = key_strides;
+    const auto [value_batch, value_head, value_position] = value_strides;
+    require(batch > 0 && kv_heads > 0 && heads % kv_heads == 0 && length > 0 && key_dim > 0 && value_dim > 0,
+            "attention needs positions, dimensions, and heads that share key-value heads equally");
+    const DType type = static_cast<DType>(dtype);
+    std::vector<KVRow> rows(batch);
+    for (int64_t row = 0; row < batch; ++row) {
+        rows[row] = {element(pointer<void>(keys), type, row * key_batch),
+                     element(pointer<void>(values), type, row * value_batch), 0, length};
+    }
+    const AttentionCall call{pointer<const void>(q), rows.data(), {key_head, key_position}, {value_head, value_position},
+                             type, batch, heads, kv_heads, key_dim, value_dim, scale, pointer<void>(out), threads};
     nb::gil_scoped_release release;
     attend(call);
 }
@@ -202,38 +202,46 @@ void bind_copy_paced(uint64_t to, uint64_t from, int64_t length, int64_t chunk, 
 }
 
 // Keeps the interpreter: giving it up for some microseconds would cost more than they are worth.
-std::vector<std::pair<int, float>> bind_rank_experts(uint64_t weights, uint64_t x, int dtype, int experts, int hidden,
-                                                     int limit) {
-    require(experts > 0 && hidden > 0 && limit > 0, "a gate needs experts, a hidden size and a limit");
+std::vector<Ranked> bind_rank_experts(uint64_t weights, uint64_t x, int dtype, int experts, int hidden, int64_t tokens,
+                                      int limit, int threads) {
+    require(experts > 0 && hidden > 0 && limit > 0 && tokens > 0, "a gate needs experts, a hidden size and a limit");
     return rank_experts(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), experts,
-                        hidden, limit);
+                        hidden, tokens, limit, threads);
 }
 
-// Keeps the interpreter, as above.
-void bind_route(uint64_t weights, uint64_t x, int dtype, std::tuple<int, int, int> shape, bool normalize,
-                std::tuple<uint64_t, uint64_t, int, uint64_t> out) {
-    const auto [experts, hidden, top_k] = shape;
-    const auto [logits, scores, score_dtype, indices] = out;
-    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
-    route(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), experts, hidden,
-          {pointer<void>(logits), pointer<void>(scores), static_cast<DType>(score_dtype), pointer<int64_t>(indices),
-           top_k, normalize},
-          1);
+Router router_of(uint64_t weight, int experts, int top_k, bool renormalize, int score_dtype) {
+    require(top_k > 0 && top_k <= experts, "a router needs at least top_k experts");
+    return {pointer<const void>(weight), experts, top_k, renormalize, static_cast<DType>(score_dtype)};
 }
 
-// Keeps the interpreter, as above.
-void bind_multiply_few_rows(uint64_t weights, uint64_t x, int dtype, int rows, int cols, int64_t tokens, uint64_t out) {
+void bind_route_rows(const Router& router, uint64_t x, int dtype, int hidden, int64_t tokens, uint64_t logits,
+                     uint64_t scores, uint64_t indices, int threads) {
+    require(hidden > 0 && tokens > 0, "a router needs a hidden size and tokens");
+    nb::gil_scoped_release release;
+    route(router.weight, pointer<const void>(x), static_cast<DType>(dtype), router.experts, hidden, tokens,
+          {pointer<void>(logits), pointer<void>(scores), router.score_dtype, pointer<int64_t>(indices), router.top_k,
+           router.renormalize},
+          threads);
+}
+
+void bind_multiply_few_rows(uint64_t weights, uint64_t x, int dtype, int rows, int cols, int64_t tokens, uint64_t out,
+                            int threads) {
     require(rows > 0 && cols > 0, "a matrix needs rows and columns");
+    nb::gil_scoped_release release;
     multiply_few_rows(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), rows, cols,
-                      tokens, pointer<void>(out));
+                      tokens, pointer<void>(out), threads);
 }
 
-// Keeps the interpreter, as above.
-void bind_add_gated(uint64_t experts, uint64_t shared, uint64_t x, uint64_t weight, int dtype, int64_t tokens,
-                    int hidden, uint64_t out) {
-    require(hidden > 0, "a gate needs columns");
-    add_gated(pointer<const void>(experts), pointer<const void>(shared), pointer<const void>(x),
-              pointer<const void>(weight), static_cast<DType>(dtype), tokens, hidden, pointer<void>(out));
+void bind_add_gated(uint64_t experts, uint64_t shared, uint64_t logits, int dtype, int64_t tokens, int hidden,
+                    uint64_t out, int threads) {
+    nb::gil_scoped_release release;
+    add_gated(pointer<const void>(experts), pointer<const void>(shared), pointer<const void>(logits),
+              static_cast<DType>(dtype), tokens, hidden, pointer<void>(out), threads);
+}
+
+void bind_silu_times(uint64_t gate, uint64_t up, int dtype, int64_t count, int threads) {
+    nb::gil_scoped_release release;
+    silu_times(pointer<void>(gate), pointer<const void>(up), static_cast<DType>(dtype), count, threads);
 }
 
 using Packed = std::tuple<const Record*, uint64_t, uint64_t>;  // a record of one matrix, its address, its bias
@@ -241,55 +249,17 @@ using NormOf = std::tuple<uint64_t, int, float, bool>;          // see Norm
 
 Matrix dense_matrix(const Packed& packed) { return matrix_of(*std::get<0>(packed), 0, false, std::get<1>(packed)); }
 
-Norm norm_of(const NormOf& norm) {
-    const auto [weight, cols, eps, rounds_first] = norm;
-    return {pointer<const void>(weight), cols, eps, rounds_first};
-}
+Linear linear_of(const Packed& packed) { return {dense_matrix(packed), pointer<const void>(std::get<2>(packed))}; }
 
-Projection projection(const Packed& packed, const NormOf& norm, uint64_t out) {
-    const Projection made{dense_matrix(packed), pointer<const void>(std::get<2>(packed)), norm_of(norm),
-                          pointer<void>(out)};
-    require(made.norm.weight == nullptr || (made.norm.cols > 0 && made.matrix.rows % made.norm.cols == 0),
-            "a norm must cover heads");
-    return made;
+Norm norm_of(const NormOf& norm) {
+    const auto [weight, cols, eps, round_before_scale] = norm;
+    return {pointer<const void>(weight), cols, eps, round_before_scale};
 }
 
 void bind_rms_norm(const NormOf& norm, uint64_t x, int dtype, int64_t rows, uint64_t out, int threads) {
     require(std::get<1>(norm) > 0, "a norm needs columns");
     nb::gil_scoped_release release;
     rms_norm(norm_of(norm), pointer<const void>(x), static_cast<DType>(dtype), rows, pointer<void>(out), threads);
-}
-
-using RotaryOf = std::tuple<uint64_t, uint64_t, int, int>;  // see Rotary
-
-HeadsCall heads_call(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
-                     const NormOf& key_norm, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
-                     int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
-    const auto [cos, sin, dim, step] = rotary;
-    const HeadsCall call{projection(query, query_norm, std::get<0>(out)),
-                         projection(key, key_norm, std::get<1>(out)),
-                         projection(value, {0, 0, 0.0f, false}, std::get<2>(out)),
-                         {pointer<const void>(cos), pointer<const void>(sin), dim, step},
-                         pointer<const void>(x),
-                         static_cast<DType>(dtype),
-                         tokens,
-                         head_dim,
-                         threads};
-    const auto whole = [&](const Projection& to) { return to.matrix.rows % head_dim == 0; };
-    require(head_dim > 0 && whole(call.query) && whole(call.key) && whole(call.value), "matrices must be whole heads");
-    require(dim >= 0 && dim <= head_dim && dim % 2 == 0, "a rotation needs an even part of a head");
-    require(call.query.matrix.cols == call.key.matrix.cols && call.key.matrix.cols == call.value.matrix.cols,
-            "queries, keys and values must have one input");
-    return call;
-}
-
-void bind_project_heads(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
-                        const NormOf& key_norm, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
-                        int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
-    const HeadsCall call =
-        heads_call(query, key, value, query_norm, key_norm, rotary, x, dtype, tokens, head_dim, out, threads);
-    nb::gil_scoped_release release;
-    project_heads(call);
 }
 
 void require_gated_mlp(const Matrix& gate, const Matrix& up, const Matrix& down) {
@@ -306,142 +276,153 @@ void bind_gated_mlp(const Packed& gate, const Packed& up, const Packed& down, ui
               threads);
 }
 
-void bind_attend_project(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides,
-                         int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims,
-                         float scale, const Packed& packed, uint64_t out, int threads) {
-    AttentionCall call = attention_call(q, keys, key_strides, values, value_strides, dtype, shape, dims, scale);
-    call.threads = threads;
-    const Matrix matrix = dense_matrix(packed);
-    require(matrix.cols == call.heads * call.value_dim, "the output matrix must take all heads");
-    nb::gil_scoped_release release;
-    attend_project(call, matrix, pointer<const void>(std::get<2>(packed)), pointer<void>(out));
+Buffers make_buffers(int64_t rows, int hidden, int top_k, int experts, int dtype,
+                     const std::tuple<uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>& held) {
+    const auto [residual, normed, shared, logits, scores, indices, pair_rows] = held;
+    require(rows > 0 && hidden > 0 && top_k > 0 && experts > 0, "buffers need rows, a hidden size and experts");
+    return {rows, hidden, top_k, experts, static_cast<DType>(dtype), pointer<void>(residual), pointer<void>(normed),
+            pointer<void>(shared), pointer<void>(logits), pointer<void>(scores), pointer<int64_t>(indices),
+            pointer<float>(pair_rows)};
 }
 
-using HalfNorms = std::tuple<NormOf, NormOf>;                      // before attention and after it
-using HalfMatrices = std::tuple<Packed, Packed, Packed, Packed>;   // of queries, keys, values and the output
-// Keys, values, and the positions there are with the new one.
-using CachePlace = std::tuple<uint64_t, Strides, uint64_t, Strides, int64_t>;
+void require_rows(const Buffers& buffers, int64_t rows, int ranks, int experts) {
+    require(rows > 0 && rows <= buffers.rows && ranks > 0 && ranks <= buffers.top_k && experts <= buffers.experts,
+            "more rows, ranks or experts than the buffers hold");
+}
 
-AttentionHalf attention_half_of(const HalfNorms& norms, const HalfMatrices& matrices, const HalfNorms& head_norms,
-                                const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens, int head_dim,
-                                const CachePlace& cache, float scale, std::tuple<uint64_t, uint64_t> out,
-                                int threads) {
+using RoutedLists = std::tuple<std::vector<int>, std::vector<int>, std::vector<float>>;
+
+RoutedLists lists(Routed routed) {
+    return {std::move(routed.experts), std::move(routed.pairs), std::move(routed.weights)};
+}
+
+void take_input(Buffers& buffers, uint64_t x, int64_t rows) {
+    std::memmove(buffers.normed, pointer<const void>(x), rows * buffers.hidden * item_bytes(buffers.dtype));
+}
+
+RoutedLists bind_route(const Router& router, Buffers& buffers, uint64_t x, int64_t rows, int threads) {
+    require_rows(buffers, rows, router.top_k, router.experts);
+    take_input(buffers, x, rows);
+    return lists([&] {
+        nb::gil_scoped_release release;
+        return route_buffers(router, buffers, rows, threads);
+    }());
+}
+
+// Keeps the interpreter, as above.
+RoutedLists bind_group(Buffers& buffers, uint64_t x, int64_t rows, int ranks, int experts, uint64_t indices,
+                       uint64_t weights, int weights_dtype) {
+    require_rows(buffers, rows, ranks, experts);
+    take_input(buffers, x, rows);
+    return lists(group(buffers, rows, ranks, experts, pointer<const int64_t>(indices), pointer<const void>(weights),
+                       static_cast<DType>(weights_dtype)));
+}
+
+AttentionHalf make_attention_half(const std::tuple<NormOf, NormOf>& norms,
+                                  const std::tuple<Packed, Packed, Packed, Packed>& matrices,
+                                  const std::tuple<NormOf, NormOf>& head_norms, int head_dim, float scale, int dtype) {
     const auto& [query, key, value, output] = matrices;
-    const auto& [keys, key_strides, values, value_strides, length] = cache;
-    AttentionHalf half{};
-    half.before = norm_of(std::get<0>(norms));
-    half.after = norm_of(std::get<1>(norms));
-    half.heads = heads_call(query, key, value, std::get<0>(head_norms), std::get<1>(head_norms), rotary, x, dtype,
-                            tokens, head_dim, {0, 0, 0}, threads);
-    const int64_t heads = half.heads.query.matrix.rows / head_dim, kv_heads = half.heads.key.matrix.rows / head_dim;
-    half.attention = attention_call(0, keys, key_strides, values, value_strides, dtype,
-                                    {tokens, heads, kv_heads, length}, {head_dim, head_dim}, scale);
-    half.attention.threads = threads;
-    half.output = dense_matrix(output);
-    half.output_bias = pointer<const void>(std::get<2>(output));
-    half.keys = pointer<void>(keys);
-    half.values = pointer<void>(values);
-    half.residual = pointer<void>(std::get<0>(out));
-    half.normed = pointer<void>(std::get<1>(out));
-    const int hidden = half.heads.query.matrix.cols;
-    require(half.before.cols == hidden && half.after.cols == hidden && half.output.rows == hidden &&
-                half.output.cols == heads * head_dim && half.heads.value.matrix.rows == kv_heads * head_dim,
+    const AttentionHalf half{norm_of(std::get<0>(norms)), norm_of(std::get<1>(norms)), linear_of(query),
+                             linear_of(key), linear_of(value), linear_of(output), norm_of(std::get<0>(head_norms)),
+                             norm_of(std::get<1>(head_norms)), head_dim, scale, static_cast<DType>(dtype)};
+    const int hidden = half.query.matrix.cols;
+    const auto whole = [&](const Linear& linear) { return linear.matrix.rows % head_dim == 0; };
+    const auto covers = [&](const Norm& norm, const Linear& linear) {
+        return norm.weight == nullptr || (norm.cols > 0 && linear.matrix.rows % norm.cols == 0);
+    };
+    require(head_dim > 0 && whole(half.query) && whole(half.key) && whole(half.value), "matrices must be whole heads");
+    require(covers(half.query_norm, half.query) && covers(half.key_norm, half.key), "a norm must cover heads");
+    require(half.key.matrix.cols == hidden && half.value.matrix.cols == hidden, "q, k and v must have one input");
+    require(half.input_norm.cols == hidden && half.post_norm.cols == hidden && half.output.matrix.rows == hidden &&
+                half.output.matrix.cols == half.query.matrix.rows && half.key.matrix.rows == half.value.matrix.rows &&
+                half.heads() % half.kv_heads() == 0,
             "norms, matrices and heads must fit one another");
     return half;
 }
 
-void bind_attention_half(const HalfNorms& norms, const HalfMatrices& matrices, const HalfNorms& head_norms,
-                         const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens, int head_dim,
-                         const CachePlace& cache, float scale, std::tuple<uint64_t, uint64_t> out, int threads) {
-    const AttentionHalf half = attention_half_of(norms, matrices, head_norms, rotary, x, dtype, tokens, head_dim, cache,
-                                                 scale, out, threads);
-    nb::gil_scoped_release release;
-    attention_half(half);
+// Where each row's keys and values are, the first position it attends to, and how many there are with the new one.
+using Places = std::vector<std::tuple<uint64_t, uint64_t, int64_t, int64_t>>;
+
+std::optional<RoutedLists> bind_attend_half(const AttentionHalf& half, Buffers& buffers, const Router* router,
+                                            uint64_t x, const std::tuple<uint64_t, uint64_t, int, int>& rotary,
+                                            const Places& places, std::tuple<int64_t, int64_t> key_strides,
+                                            std::tuple<int64_t, int64_t> value_strides, int threads) {
+    const int64_t rows = static_cast<int64_t>(places.size());
+    const auto [cos, sin, dim, step] = rotary;
+    require_rows(buffers, rows, router == nullptr ? 1 : router->top_k, router == nullptr ? 1 : router->experts);
+    require(buffers.hidden == half.query.matrix.cols && buffers.dtype == half.dtype, "these are another model's buffers");
+    require(dim >= 0 && dim <= half.head_dim && dim % 2 == 0, "a rotation needs an even part of a head");
+    std::vector<KVRow> kv;
+    for (const auto& [keys, values, start, length] : places) {
+        require(start >= 0 && start < length, "a row attends to its own token at least");
+        kv.push_back({pointer<void>(keys), pointer<void>(values), start, length});
+    }
+    std::optional<Routed> routed;
+    {
+        nb::gil_scoped_release release;
+        attend_half(half, buffers, pointer<const void>(x), rows,
+                    {pointer<const void>(cos), pointer<const void>(sin), dim, step}, kv.data(),
+                    std::make_from_tuple<CacheStrides>(key_strides), std::make_from_tuple<CacheStrides>(value_strides),
+                    threads);
+        if (router != nullptr) routed = route_buffers(*router, buffers, rows, threads);
+    }
+    if (!routed) return std::nullopt;
+    return lists(std::move(*routed));
 }
 
-// A router's weights, the gate of a shared expert (0: there is none); experts, hidden, top_k, normalize, scores' dtype;
-// an expert and its activation; the shared expert.
-using BlockForm = std::tuple<uint64_t, uint64_t, std::tuple<int, int, int, bool, int>, const Record*,
-                             const ExpertActivation*, std::optional<std::tuple<Packed, Packed, Packed>>>;
-// The pool, its slots' bytes, how many, which of them the first experts are in, and how many experts those are.
-using Residency = std::tuple<uint64_t, int64_t, int64_t, uint64_t, int64_t>;
-// The experts computed, and when; none where nothing was computed, as one of those chosen is not in memory.
-using Ran = std::optional<std::tuple<std::vector<int>, double, double, double>>;
+// Biases of both matrices [experts, rows], their dtype, how many experts; the shared expert and its gate's address.
+using HalfBiases = std::tuple<uint64_t, uint64_t, int, int64_t>;
+using Shared = std::tuple<Packed, Packed, Packed, uint64_t>;
 
-// shared: where to keep what the block refers to.
-SparseBlock block_of(const BlockForm& form, const Residency& residency, int dtype, int threads, SharedExpert& shared) {
-    const auto& [weights, share, router, record, activation, mlp] = form;
-    const auto [experts, hidden, top_k, normalize, score_dtype] = router;
-    const auto [pool, slot_bytes, num_slots, slots, known] = residency;
-    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
-    require_expert(*record, *activation);
-    require(record->places[0].cols == hidden, "router and experts must take the same");
-    require(slot_bytes >= record->bytes && slot_bytes % 64 == 0 && pool % 64 == 0 && num_slots >= 0 && known >= 0,
+ExpertHalf make_expert_half(const Record& record, const ExpertActivation& activation,
+                            const std::optional<HalfBiases>& biases, const std::optional<Shared>& shared,
+                            uint64_t pool, int64_t pool_bytes, int64_t slot_bytes, int dtype) {
+    require_expert(record, activation);
+    require(slot_bytes >= record.bytes && slot_bytes % 64 == 0 && pool % 64 == 0 && pool_bytes >= 0,
             "slots must hold a record each, aligned to 64 bytes");
-    if (mlp) {
-        const auto& [gate, up, down] = *mlp;
-        shared = {dense_matrix(gate), dense_matrix(up), dense_matrix(down), pointer<const void>(share)};
-        require_gated_mlp(shared.gate, shared.up, shared.down);
-        require(shared.gate.cols == hidden && shared.down.rows == hidden && share != 0, "the shared expert must fit");
+    ExpertHalf half{};
+    half.record = record;
+    half.activation = activation;
+    half.pool = pointer<const uint8_t>(pool);
+    half.slot_bytes = slot_bytes;
+    half.num_slots = pool_bytes / slot_bytes;
+    half.hidden = record.places[0].cols;
+    half.dtype = static_cast<DType>(dtype);
+    if (biases) {
+        const auto [up, down, bias_dtype, experts] = *biases;
+        half.up_bias = pointer<const void>(up);
+        half.down_bias = pointer<const void>(down);
+        half.bias_dtype = static_cast<DType>(bias_dtype);
+        half.bias_experts = experts;
     }
-    return {nullptr, static_cast<DType>(dtype), hidden, pointer<const void>(weights), experts, top_k, normalize,
-            static_cast<DType>(score_dtype), record, *activation, pointer<const uint8_t>(pool), slot_bytes, num_slots,
-            pointer<const int64_t>(slots), known, mlp ? &shared : nullptr, nullptr, threads};
+    if (shared) {
+        const auto& [gate, up, down, share] = *shared;
+        half.has_shared = true;
+        half.shared = {dense_matrix(gate), dense_matrix(up), dense_matrix(down), pointer<const void>(share)};
+        require_gated_mlp(half.shared.gate, half.shared.up, half.shared.down);
+        require(half.shared.gate.cols == half.hidden && half.shared.down.rows == half.hidden,
+                "the shared expert must take what the experts take");
+    }
+    return half;
 }
 
-Ran ran(BlockRun run) {
-    if (!run.whole) return std::nullopt;
-    return std::make_tuple(std::move(run.experts), run.routed_s, run.computed_s, run.summed_s);
-}
-
-Ran bind_sparse_block(const BlockForm& form, const Residency& residency, uint64_t x, int dtype, uint64_t out,
-                      int threads) {
-    SharedExpert shared{};
-    SparseBlock block = block_of(form, residency, dtype, threads, shared);
-    block.x = pointer<const void>(x);
-    block.out = pointer<void>(out);
-    return ran([&] {
-        nb::gil_scoped_release release;
-        return sparse_block(block);
-    }());
-}
-
-// half: both norms, matrices, norms of heads, dim of a head and scale.
-Ran bind_decoder_layer(const std::tuple<HalfNorms, HalfMatrices, HalfNorms, int, float>& half_form,
-                       const BlockForm& form, const RotaryOf& rotary, const CachePlace& cache,
-                       const Residency& residency, uint64_t x, int dtype,
-                       std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
-    const auto& [norms, matrices, head_norms, head_dim, scale] = half_form;
-    const auto [residual, normed, sum] = out;
-    SharedExpert shared{};
-    const AttentionHalf half = attention_half_of(norms, matrices, head_norms, rotary, x, dtype, 1, head_dim, cache,
-                                                 scale, {residual, normed}, threads);
-    const SparseBlock block = block_of(form, residency, dtype, threads, shared);
-    require(block.hidden == half.after.cols, "the block must take what attention gives");
-    return ran([&, sum = sum] {
-        nb::gil_scoped_release release;
-        return decoder_layer(half, block, pointer<void>(sum));
-    }());
-}
-
-// Whether every (dict, key, value) of `entries` is still so, by identity (None: no such key, or None), every (dict,
-// size) of `sizes`, and every (tensor, data_ptr) of `tensors`.
-bool bind_unchanged(const nb::tuple& entries, const nb::tuple& sizes, const nb::tuple& tensors) {
-    for (const nb::handle entry : entries) {
-        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
-        PyObject* const value = PyDict_GetItemWithError(parts[0].ptr(), parts[1].ptr());
-        if (value == nullptr && PyErr_Occurred() != nullptr) throw nb::python_error();
-        if ((value == nullptr ? Py_None : value) != parts[2].ptr()) return false;
+void bind_run_experts(const ExpertHalf& half, Buffers& buffers, int64_t rows, const std::vector<int>& experts,
+                      const std::vector<int64_t>& slots, const std::vector<int>& precisions, bool first, bool last,
+                      bool add_residual, uint64_t out, int threads) {
+    require_rows(buffers, rows, buffers.ranks, 1);
+    require(buffers.hidden == half.hidden && buffers.dtype == half.dtype, "these are another model's buffers");
+    require(static_cast<int64_t>(buffers.weights.size()) >= rows * buffers.ranks, "nothing is routed");
+    require(slots.size() == experts.size() && (precisions.empty() || precisions.size() == experts.size()),
+            "experts and slots must be as many");
+    std::vector<Resident> residents;
+    for (size_t e = 0; e < experts.size(); ++e) {
+        require(experts[e] >= 0 && experts[e] + 1 < static_cast<int64_t>(buffers.first.size()), "no such expert");
+        require(within(slots[e], 1, half.num_slots), "a slot lies outside of the pool");
+        require(half.up_bias == nullptr || experts[e] < half.bias_experts, "an expert has no biases");
+        residents.push_back({experts[e], slots[e], !precisions.empty() && precisions[e] == 2});
     }
-    for (const nb::handle entry : sizes) {
-        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
-        if (PyDict_Size(parts[0].ptr()) != nb::cast<Py_ssize_t>(parts[1])) return false;
-    }
-    for (const nb::handle entry : tensors) {
-        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
-        if (nb::cast<uint64_t>(parts[0].attr("data_ptr")()) != nb::cast<uint64_t>(parts[1])) return false;
-    }
-    return true;
+    nb::gil_scoped_release release;
+    run_experts(half, buffers, rows, residents, first, last, add_residual, pointer<void>(out), threads);
 }
 
 }  // namespace
@@ -452,19 +433,23 @@ NB_MODULE(_cpu, m) {
     m.def("linear", &bind_linear);
     m.def("experts", &bind_experts);
     m.def("reduce_rows", &bind_reduce_rows);
-    m.def("sparse_block", &bind_sparse_block);
-    m.def("decoder_layer", &bind_decoder_layer);
-    m.def("unchanged", &bind_unchanged);
     m.def("gather_rows", &bind_gather_rows);
     m.def("attend", &bind_attend);
-    m.def("attend_project", &bind_attend_project);
-    m.def("attention_half", &bind_attention_half);
-    m.def("route", &bind_route);
+    m.def("rms_norm", &bind_rms_norm);
     m.def("multiply_few_rows", &bind_multiply_few_rows);
     m.def("add_gated", &bind_add_gated);
-    m.def("rms_norm", &bind_rms_norm);
-    m.def("project_heads", &bind_project_heads);
+    m.def("silu_times", &bind_silu_times);
     m.def("gated_mlp", &bind_gated_mlp);
+    m.def("route_rows", &bind_route_rows);
+    m.def("route", &bind_route);
+    m.def("group", &bind_group);
+    nb::class_<Router>(m, "Router").def_static("make", &router_of);
+    nb::class_<Buffers>(m, "Buffers").def_static("make", &make_buffers);
+    nb::class_<AttentionHalf>(m, "AttentionHalf")
+        .def_static("make", &make_attention_half)
+        .def("run", &bind_attend_half, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg());
+    nb::class_<ExpertHalf>(m, "ExpertHalf").def_static("make", &make_expert_half).def("run", &bind_run_experts);
     m.def("largest_magnitude", &bind_largest_magnitude);
     m.def("quantize_matrix", &bind_quantize_matrix);
     m.def("read_file", &bind_read_file);

@@ -1,0 +1,141 @@
+"""Small modules of a decoder layer computed by our kernels, for any number of tokens.
+
+They serve prompts, and layers that do not go by two native calls. The native calls are made of the same kernels, so
+both ways give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fate.kernels import decode, native
+from fate.models.adapter import is_silu
+from fate.models.decode.forms import GATED_MLPS, RMS_NORMS, ROUTERS, digest
+from fate.models.decode.watch import Watch, Watched, become, is_unhooked, own_class
+from fate.models.packed import PackedLinear
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+_OF_GROUPS = ("n_group", "num_group", "topk_group")  # experts chosen within groups
+
+
+def is_plain(x: object) -> bool:
+    """Whether our kernels take this input: an ordinary contiguous tensor on the CPU, without gradients or autocast."""
+    return (
+        type(x) is Tensor
+        and x.dtype in native.DTYPE_CODES
+        and x.is_cpu
+        and x.is_contiguous()
+        and x.numel() > 0
+        and native.extension() is not None
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def packed_matrix(module: nn.Module) -> decode.PackedMatrix:
+    """The packed weight and bias of a `PackedLinear`."""
+    assert isinstance(module, PackedLinear)
+    return decode.PackedMatrix(module.packed, module.layout, module.bias)
+
+
+def is_packed(module: object) -> bool:
+    return isinstance(module, PackedLinear) and not module.layout.is_raw
+
+
+class NativeRMSNorm(Watched):
+    """weight * x / sqrt(mean(x^2) + eps)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and is_plain(args[0]):
+            norm = norm_of(self, args[0].dtype)
+            if norm is not None and args[0].shape[-1] == norm.weight.shape[0]:
+                return decode.rms_norm(args[0], norm)
+        return super().forward(*args, **kwargs)
+
+
+def norm_of(module: nn.Module, dtype: torch.dtype) -> decode.Norm | None:
+    """The norm of a `NativeRMSNorm` for activations of `dtype`; None where its weight is not of our kind."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dtype != dtype or weight.requires_grad or not weight.is_contiguous():
+        return None
+    state = module.__dict__
+    eps = state["variance_epsilon"] if "variance_epsilon" in state else state["eps"]
+    return decode.Norm(weight, float(eps), RMS_NORMS[digest(own_class(module).forward)])
+
+
+class NativeRouter(Watched):
+    """(logits, scores, indices) of a softmax router."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and not self.training and is_plain(args[0]):
+            router = router_of(self, args[0].dtype)
+            if router is not None and args[0].shape[-1] == router.weight.shape[1]:
+                return decode.route_rows(router, args[0].view(-1, args[0].shape[-1]))
+        return super().forward(*args, **kwargs)
+
+
+def router_of(module: nn.Module, dtype: torch.dtype) -> decode.Router | None:
+    """The router of a `NativeRouter` for activations of `dtype`; None where it is not of our kind, or training."""
+    weight, state = module._parameters.get("weight"), module.__dict__
+    form = ROUTERS[digest(own_class(module).forward)]
+    if weight is None or weight.dtype != dtype or weight.requires_grad or not weight.is_contiguous() or module.training:
+        return None
+    if form.only_if is not None and state.get(form.only_if[0]) != form.only_if[1]:
+        return None
+    top_k: int = state["top_k"]
+    renormalize = bool(state["norm_topk_prob"]) if form.renormalize is None else form.renormalize
+    if not 0 < top_k <= weight.shape[0] or any(state.get(name) not in (None, 1) for name in _OF_GROUPS):
+        return None
+    return decode.Router(weight, top_k, renormalize, torch.float32 if form.float32_scores else dtype)
+
+
+class NativeMLP(Watched):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)) on packed matrices."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not is_plain(args[0]) or not is_gated_silu(self):
+            return super().forward(*args, **kwargs)
+        x: Tensor = args[0]
+        children: dict[str, Any] = self._modules
+        gate, up, down = (children[name] for name in GATED)
+        if all(map(is_unhooked, (gate, up, down))):
+            matrices = packed_matrix(gate), packed_matrix(up), packed_matrix(down)
+            return decode.gated_mlp(x.view(-1, x.shape[-1]), *matrices).view(*x.shape[:-1], down.out_features)
+        return down(decode.silu_times(gate(x), up(x)))
+
+
+def is_gated_silu(module: nn.Module) -> bool:
+    """Whether the module's children are what `decode.gated_mlp` computes."""
+    children: dict[str, Any] = module._modules
+    act = children.get("act_fn") or module.__dict__.get("act_fn")
+    packed = all(is_packed(children.get(name)) and children[name].bias is None for name in GATED)
+    return packed and is_silu(act) and (not isinstance(act, nn.Module) or is_unhooked(act))
+
+
+class NativeGate(Watched):
+    """A matrix of one row: the gate of a shared expert."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weight = self._parameters["weight"]
+        if len(args) == 1 and not kwargs and is_plain(args[0]) and weight is not None:
+            x: Tensor = args[0]
+            if weight.dtype == x.dtype and weight.shape[1] == x.shape[-1] and not weight.requires_grad:
+                return decode.multiply_few_rows(x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+        return super().forward(*args, **kwargs)
+
+
+def adopt(model: nn.Module, watch: Watch) -> None:
+    """Give the modules of `model` that compute what ours do our forward. Changes no weight."""
+    for module in model.modules():
+        if isinstance(module, Watched):
+            continue
+        text = digest(type(module).forward)
+        if text in RMS_NORMS and set(module._parameters) == {"weight"}:
+            become(module, NativeRMSNorm, watch)
+        elif text in ROUTERS and "weight" in module._parameters:
+            become(module, NativeRouter, watch)
+        elif text in GATED_MLPS and all(is_packed(module._modules.get(name)) for name in GATED):
+            become(module, NativeMLP, watch)

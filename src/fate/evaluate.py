@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from fate.errors import UsageError
 from fate.engine.session import FateModel
+from fate.errors import UsageError
 
 
 @dataclass(frozen=True)

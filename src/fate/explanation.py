@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fate.core import StepStats
-from fate.engine.manager import ExpertManager
+from fate.core import ExpertKey, StepStats
 from fate.engine.session import Session
+from fate.trace.observer import LayerEvent, Observer
 from fate.trace.timeline import Event, Timeline
 
 MAX_READS = 10_000  # of each phase, for the link's speed: enough for that, and some 2 MB
@@ -36,8 +36,8 @@ MAX_READS = 10_000  # of each phase, for the link's speed: enough for that, and 
 
 @dataclass(frozen=True)
 class PhaseExplanation:
-    """Prompts, or decoding. stats: of whole forwards. layers: of each MoE layer, whose `total_s` is from routing to sum
-    (early routing and what it predicts come before that). guesses: whether the system prefetches at all.
+    """Prompts, or decoding. stats: of whole forwards. layers: of each MoE layer, from routing to sum.
+    guesses: whether the system prefetches at all.
 
     link_bytes_per_s: None where nothing was read. hidden_s: of a step's reads on demand, the time in which its layer
     computed; None where no layer waited. saved_s: by layer, the waiting that guesses for it saved, an estimate (see the
@@ -155,7 +155,7 @@ class Explanation:
 def observe(session: Session) -> Iterator[Observation]:
     """Watch what `session` does as long as the context is open. Its engine must stay the same meanwhile."""
     observation = Observation(session)
-    with session.record(observation.watch):
+    with session.observed_by(observation.watch):
         yield observation
 
 
@@ -165,7 +165,7 @@ class Observation:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._before = session.stats(), session.layer_stats(), len(session.notes)
-        self.watch = _Watch(session.engine.manager)
+        self.watch = _Watch(session)
 
     def explain(self) -> Explanation:
         stats_before, layers_before, notes_before = self._before
@@ -211,39 +211,38 @@ class LayerWaits:
             self.calm_used_bytes += used_bytes
 
 
-class _Watch(Timeline):
+class _Watch(Observer):
     """Of all that happens, what the estimate needs, each phase (prefill or not) apart."""
 
-    def __init__(self, manager: ExpertManager) -> None:
-        super().__init__(max_events=0)
-        num_layers = len(manager.header.layers)
+    def __init__(self, session: Session) -> None:
+        layers = session.layer_stats()
         self.reads = {prefill: Timeline(MAX_READS) for prefill in (False, True)}
-        self.waits = {prefill: [LayerWaits() for _ in range(num_layers)] for prefill in (False, True)}
-        self._manager = manager
-        self._guesses: deque[Event] = deque(maxlen=8)  # the last that were read
-        self._last = {prefill: [_waiting(s) for s in manager.layer_stats(prefill)] for prefill in (False, True)}
+        self.waits = {prefill: [LayerWaits() for _ in layers] for prefill in (False, True)}
+        self._prefill = True  # of the layer that spoke last
+        self._prefetches: deque[Event] = deque(maxlen=8)  # the last that were read
+        self._last = {
+            False: [_waiting(layer.decode) for layer in layers],
+            True: [_waiting(layer.prefill) for layer in layers],
+        }
 
-    def add(
-        self, start_s: float, end_s: float, kind: str, layer: int, expert: int | None = None, num_bytes: int = 0
-    ) -> None:
-        prefill = self._manager.prefill
-        if num_bytes:
-            self.reads[prefill].add(start_s, end_s, kind, layer, expert, num_bytes)
-            if kind == "prefetch":
-                self._guesses.append(Event(start_s, end_s, kind, layer, expert, num_bytes))
-        elif kind == "stall":
-            self.waits[prefill][layer].delayed_s += self._delay(start_s, end_s)
-        elif kind == "layer":
-            now, before = _waiting(self._manager.stats[layer]), self._last[prefill][layer]
-            self._last[prefill][layer] = now
-            self.waits[prefill][layer].add(now[0] - before[0], now[1] - before[1], now[2] - before[2])
+    def on_read(self, key: ExpertKey, kind: str, start_s: float, end_s: float, num_bytes: int) -> None:
+        self.reads[self._prefill].add(start_s, end_s, kind, *key, num_bytes)
+        if kind == "prefetch":
+            self._prefetches.append(Event(start_s, end_s, kind, *key, num_bytes))
 
-    def _delay(self, start_s: float, end_s: float) -> float:
-        """How long of this wait a guess was read that the waiting layer did not need; one read at a time is a guess."""
-        lease = self._manager.lease
-        assert lease is not None, "a layer waits inside its lease"
-        layer, needed = lease.routing.layer, lease.routing.pairs_per_expert
-        others = [read for read in list(self._guesses) if read.layer != layer or read.expert not in needed]
+    def on_layer(self, event: LayerEvent) -> None:
+        prefill, layer = event.routing.prefill, event.routing.layer
+        self._prefill = prefill
+        waits = self.waits[prefill][layer]
+        waits.delayed_s += sum(self._delay(event, *stall) for stall in event.stalls)
+        now, before = _waiting(event.stats), self._last[prefill][layer]
+        self._last[prefill][layer] = now
+        waits.add(now[0] - before[0], now[1] - before[1], now[2] - before[2])
+
+    def _delay(self, event: LayerEvent, start_s: float, end_s: float) -> float:
+        """How long of this wait a prefetch was read that the waiting layer did not need; one is read at a time."""
+        layer, needed = event.routing.layer, event.routing.pairs_per_expert
+        others = [read for read in list(self._prefetches) if read.layer != layer or read.expert not in needed]
         return sum(max(min(read.end_s, end_s) - max(read.start_s, start_s), 0.0) for read in others)
 
 

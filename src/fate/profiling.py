@@ -18,16 +18,15 @@ from statistics import median
 import torch
 
 from fate.core import Envelope, ExpertKey, Precision
+from fate.engine.session import FateModel, Session
 from fate.errors import UsageError
 from fate.memory import MemoryPlan
 from fate.profile import LayerProfile, Machine, Profile
-from fate.engine.session import FateModel, Session
 from fate.sim.curves import lru_miss_curves
 from fate.store.format import RecordLayout, StoreHeader
 from fate.systems import System
 from fate.trace import RoutingTrace
 from fate.trace.timeline import Event
-from fate.transfer.scheduler import require_done
 
 TOKENS = (1, 4, 16, 64, 256)  # of the forwards that are timed, as far as the plan covers them
 _REPEATS = 10
@@ -39,7 +38,7 @@ _PROMPT_TOKENS = 32
 _DECODED_TOKENS = 160
 _TEXT_LIMIT_S = 8.0
 _ON_DEMAND = System("profiling-on-demand")
-_CROSS_LAYER = System("profiling-cross-layer", predictor="cross-layer", early_routing=True)
+_CROSS_LAYER = System("profiling-cross-layer", predictor="cross-layer")
 
 SAMPLE_TEXT = '''The harbour was quiet when the first boat came home. Two men lifted the crates onto the stones, counted
 them, and wrote the number in a small grey book. "Forty-one," said the older one. "Yesterday we had sixty." Nobody knew
@@ -81,7 +80,7 @@ def measure(
     with session.generate_lock, _put_back(session):
         slots = _slots(session.plan)
         session.reconfigure(system=_ON_DEMAND, experts=slots)
-        header = session.engine.manager.header
+        header = session.reader.header
         say("reading experts")
         reads = _measure_reads(session)
         say("computing layers")
@@ -154,7 +153,7 @@ class _Reads:
 
 def _measure_reads(session: Session) -> _Reads:
     """Through the engine's own transfers, on an idle link and from an empty cache."""
-    header = session.engine.manager.header
+    header = session.reader.header
     chosen = random.Random(0)
     keys: dict[RecordLayout, list[ExpertKey]] = defaultdict(list)
     for at, layer in enumerate(header.layers):
@@ -170,26 +169,17 @@ def _measure_reads(session: Session) -> _Reads:
                     break
             seconds[_length(layout, precision)] = median(reads)
     everything = [key for of_layout in keys.values() for key in of_layout]
-    batch = min(session.engine.manager.cache.transient, len(everything))
+    batch = min(session.engine.residency.cache.transient, len(everything))
     batches = (_read(session, chosen.sample(everything, batch), Precision.FULL) for _ in range(_BATCHES))
     return _Reads(seconds, median(sum(event.num_bytes for event in events) / _busy_s(events) for events in batches))
 
 
 def _read(session: Session, keys: Sequence[ExpertKey], precision: Precision) -> list[Event]:
     """Demand experts that are not resident, as many as the transient region takes; returns their reads."""
-    manager = session.engine.manager
-    with manager.lock, session.record() as timeline:
-        entries = [entry for key in keys if (entry := manager.cache.stage(key)) is not None]
-        for entry in entries:
-            manager.demand(entry, precision)
-        for entry in entries:
-            assert entry.transfer is not None
-            while not entry.transfer.finished:
-                manager.scheduler.wait_any([entry.transfer])
-            require_done(entry.transfer)
-            manager.settle(entry)
-            manager.drop_staged(entry)
-    return timeline.events
+    residency = session.engine.residency
+    with residency.lock, session.record() as timeline:
+        residency.read_through(keys, precision)
+    return [event for event in timeline.events if event.num_bytes]
 
 
 def _busy_s(events: Sequence[Event]) -> float:

@@ -3,7 +3,7 @@ how many of a layer's experts its router names when it is given the previous lay
 
 Measured on the model's own forward, through hooks on its routers, so it holds for the text and the precision given.
 The method is that of arXiv 2502.12224, section 3: gate inputs of adjacent layers are alike, so the next layer's gate
-may be asked early.
+may be asked ahead.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fate.engine.session import FateModel
 from fate.errors import UsageError
 from fate.models.adapter import MoELayer, find_moe_layers
-from fate.engine.session import FateModel
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _Call:
         if any(not isinstance(value, nn.Parameter) for value in others):
             return None
         shaped = gate_input.reshape(*[1] * (self.ndim - 2), *gate_input.shape)
-        return type(self.router).forward(self.router, shaped, *self.extra, **self.named)  # no hooks: see models.routers
+        return type(self.router).forward(self.router, shaped, *self.extra, **self.named)  # no hooks: see models.gate
 
 
 @contextmanager

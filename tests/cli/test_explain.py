@@ -77,7 +77,7 @@ def switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     class Loses(PrefetchSwitch):
         steps = 0
 
-        def end_step(self, seconds: float) -> None:
+        def end_step(self) -> None:
             self.steps += 1
             if self.steps == 3:
                 self._announce("prefetching is off: it lost")

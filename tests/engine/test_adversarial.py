@@ -4,16 +4,15 @@ import pytest
 import torch
 
 import fate
-from fate.conversion import convert
-from fate.engine.switch import PrefetchSwitch
-from fate.synth import byte_tokenizer
 from engine_support import stepwise_logits
+from fate.conversion import convert
+from fate.synth import byte_tokenizer
 from tiny import tiny_model, tiny_store
 
 SHAPE = {"num_hidden_layers": 4, "num_experts": 32, "num_experts_per_tok": 3}
 EXPERTS, RATE, ASKING_S = "50%", 1e9, 40e-6
 ON_DEMAND = fate.System("on-demand", policy="lru")
-TRIED = fate.System("tried", predictor="cross-layer", policy="lru", early_routing=True, switches_off=True)
+TRIED = fate.System("tried", predictor="cross-layer", policy="lru", switches_off=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +37,15 @@ def ids():
 
 def count_time(model, monkeypatch):
     """Steps take what their bytes take on a link, and asking gates a time of its own, whatever this machine does."""
-    real, last = PrefetchSwitch.end_step, [model.fate.stats().decode]
 
-    def end_step(switch, seconds):
+    def clock():
         now = model.fate.stats().decode
-        step, last[0] = now - last[0], now
-        real(switch, step.bytes_moved / RATE + ASKING_S * (step.predict_s > 0))
+        steps_that_predict.update({now.forwards} if now.predict_s > last[0] else ())
+        last[0] = now.predict_s
+        return now.bytes_moved / RATE + ASKING_S * len(steps_that_predict)
 
-    monkeypatch.setattr(PrefetchSwitch, "end_step", end_step)
+    last, steps_that_predict = [0.0], set()
+    monkeypatch.setattr(model.fate.engine.switch, "_clock", clock)
 
 
 def second_run(store, system, ids, monkeypatch):

@@ -180,10 +180,6 @@ def test_an_exception_in_the_forward_leaves_no_pins(mini_store, prompt):
         assert torch.equal(generate(model, prompt), expected)
 
 
-def manager_of(model):
-    return next(m.fate_layer for m in model.modules() if hasattr(m, "fate_layer")).manager
-
-
 def test_interrupted_anywhere_the_next_run_is_right(prompt):
     """SIGALRM raises KeyboardInterrupt at random points of the forward; afterwards every bit is as before."""
     ids, rng = prompt[:, :6], random.Random(0)
@@ -209,9 +205,9 @@ def test_interrupted_anywhere_the_next_run_is_right(prompt):
                 except KeyboardInterrupt:
                     interrupted += 1
                 assert torch.equal(model(ids).logits, expected)
-                manager = manager_of(model)
-                assert not manager.cache.pinned
-                assert not manager.lock._is_owned()
+                residency = model.fate.engine.residency
+                assert not residency.cache.pinned
+                assert not residency.lock._is_owned()
                 assert torch.get_num_threads() == 2
                 if interrupted == 60:
                     break

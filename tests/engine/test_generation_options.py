@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import fate
-from fate.errors import EnvelopeError
 from fate.engine.session import FateModel
+from fate.errors import EnvelopeError
 from sweep.checkpoints import save_checkpoint
 from sweep.discovery import find_family
 from sweep.tiny_configs import tiny_config

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import fate
+from engine_support import stepwise_logits
 from fate.cache import POLICIES
 from fate.memory import RUNTIME_SLACK_BYTES, make_plan
 from fate.predict import PREDICTORS
 from fate.systems import ORACLES, SYSTEMS, System
-from engine_support import stepwise_logits
 from tiny import tiny_store
 
 EXACT_SYSTEMS = [SYSTEMS.get(name) for name in SYSTEMS.names() if SYSTEMS.get(name).exact]

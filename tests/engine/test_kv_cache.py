@@ -1,14 +1,17 @@
 """The planned KV cache holds what transformers' own holds, in memory taken once."""
 
+import ctypes
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import fate
 from fate.core import Envelope
+from fate.engine.planning import _kv_bytes
 from fate.inspection import meta_model
 from fate.models.kv_cache import PlannedLayer, planned_cache
-from fate.engine.planning import _kv_bytes
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_store
 
 
@@ -55,29 +58,33 @@ def test_beyond_its_room_it_still_holds_everything():
     assert torch.equal(keys, torch.cat([states(1, seed)[0] for seed in range(6)], dim=-2))
 
 
-def test_a_token_written_into_its_room():
+def test_a_token_written_where_the_cache_says():
     ours, theirs = PlannedLayer(8), PlannedLayer(8)
-    assert ours.room(2) is None, "nothing is known of its shape yet"
+    assert ours.next_rows(2, torch.float32) is None, "nothing is known of its shape yet"
     for layer in (ours, theirs):
         layer.update(*states(3, 0))
-    assert ours.room(1) is None, "another batch"
+    assert ours.next_rows(1, torch.float32) is None, "another batch"
+    assert ours.next_rows(2, torch.bfloat16) is None, "another dtype"
     for seed in range(1, 6):
-        keys, values, first = ours.room(2)
-        key, value = states(1, seed)
-        keys[:, :, first : first + 1], values[:, :, first : first + 1] = key, value
-        assert ours.get_seq_length() == first, "until it is said to be written"
-        ours.wrote()
+        place, (key, value) = ours.next_rows(2, torch.float32), states(1, seed)
+        assert (place.starts, place.lengths) == ([0, 0], [3 + seed, 3 + seed])
+        for held, strides, new in ((place.keys, place.key_strides, key), (place.values, place.value_strides, value)):
+            for row, head in itertools.product(range(2), range(3)):
+                at = held[row] + 4 * (head * strides[0] + (place.lengths[row] - 1) * strides[1])
+                ctypes.memmove(at, new[row, head].contiguous().data_ptr(), 4 * 8)
+        assert ours.get_seq_length() == 2 + seed, "until it is said to be written"
+        ours.advance()
         theirs.update(key, value)
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
-    assert ours.room(2) is None, "it is full"
+    assert ours.next_rows(2, torch.float32) is None, "it is full"
     ours.crop(-2)
-    assert ours.room(2) is None, "others changed it"
+    assert ours.next_rows(2, torch.float32) is None, "others changed it"
     for layer in (ours, theirs):
         layer.reset()
     assert ours.keys is None
     assert ours.get_seq_length() == 0
-    assert ours.room(2) is None
+    assert ours.next_rows(2, torch.float32) is None
 
 
 def test_one_side_replaced_alone():

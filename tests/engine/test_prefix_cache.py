@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fate
-from fate.models.adapter import find_moe_layers
 from fate.engine.prefix_cache import PrefixCache
+from fate.models.adapter import find_moe_layers
 from tiny import tiny_store
 
 NEW = 6

@@ -1,5 +1,5 @@
-from fate.memory import MIB, resident_bytes
 from fate.engine.slots import SlotPool
+from fate.memory import MIB, resident_bytes
 
 
 def test_pages_become_resident_when_written_or_populated_and_go_on_close():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fate.kernels import native
+from fate.kernels.decode import rank_experts
 
 cpu = native.extension()
 
@@ -15,7 +16,7 @@ def test_ranked_probabilities(dtype, experts, hidden, limit):
     generator = torch.Generator().manual_seed(experts)
     weight = torch.randn(experts, hidden, generator=generator).mul(hidden**-0.5).to(dtype)
     x = torch.randn(hidden, generator=generator).to(dtype)
-    ranked = cpu.rank_experts(weight.data_ptr(), x.data_ptr(), native.DTYPE_CODES[dtype], experts, hidden, limit)
+    (ranked,) = rank_experts(weight, x[None], limit)
     expected, order = (weight.double() @ x.double()).softmax(-1).sort(descending=True)
     assert [expert for expert, _ in ranked] == order[:limit].tolist()
     assert torch.allclose(torch.tensor([p for _, p in ranked]).double(), expected[: len(ranked)], rtol=1e-4)

@@ -1,65 +1,65 @@
-"""Routers asked outside the model's forward: the quick way must say what the router says, or not be used."""
+"""Asking a router outside of the model's forward: the quick way must say what the router says, or not be used."""
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from fate.kernels import native
-from fate.models.gate import QUICK_CHECKS, RouterGate
+from fate.models.gate import RouterGate
 
 HIDDEN, EXPERTS, TOP_K = 32, 12, 3
 
 
-class Router(nn.Module):
-    """Top-k of softmax, after adding a `bias` to what is chosen by."""
-
-    def __init__(self, bias=0.0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN, generator=generator))
-        self.bias = bias * torch.randn(EXPERTS, generator=generator)
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        logits = x @ self.weight.T
-        _, indices = (logits + self.bias).topk(TOP_K, dim=-1)
-        return logits, logits.softmax(-1).gather(-1, indices), indices
+def qwen_router():
+    config = AutoConfig.for_model("qwen2_moe", hidden_size=HIDDEN, num_experts=EXPERTS, num_experts_per_tok=TOP_K)
+    return filled(Qwen2MoeTopKRouter(config))
 
 
-def asked(router, times):
-    """What a gate answered, and what the router chose itself, `times` times."""
-    gate, generator, answers = RouterGate(router, EXPERTS), torch.Generator().manual_seed(1), []
+def deepseek_router():
+    """What it chooses by is not the order of its products: every expert has a bias."""
+    config = AutoConfig.for_model(
+        "deepseek_v3",
+        hidden_size=HIDDEN,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        n_group=1,
+        topk_group=1,
+    )
+    router = filled(DeepseekV3TopkRouter(config))
+    router.e_score_correction_bias = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(7))
+    return router
+
+
+def filled(router):
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0)))
+    return router.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("make", [qwen_router, deepseek_router])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_it_names_what_the_router_chooses(make, rows, monkeypatch):
+    router = make()
+    gate, calls = RouterGate(router, EXPERTS), []
     gate.record((torch.zeros(1, HIDDEN),), {})
-    for _ in range(times):
-        x = torch.randn(1, 1, HIDDEN, generator=generator)
-        ranked = gate.rank(x, 6)
-        chosen = set((x.reshape(-1) @ router.weight.T + router.bias).topk(TOP_K).indices.tolist())
-        answers.append((ranked, chosen))
-    return answers
+    x = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(1))
+    chosen = [set(row) for row in router(x)[2].tolist()]
+    real = type(router).forward
+    monkeypatch.setattr(type(router), "forward", lambda self, *args: (calls.append(1), real(self, *args))[1])
+    ranked = gate.rank(x, 6)
+    assert [{expert for expert, _ in row[:TOP_K]} for row in ranked] == chosen
+    assert all(len(row) == 6 for row in ranked)
+    quick = make is qwen_router and native.extension() is not None
+    assert len(calls) == (0 if quick else 1)
 
 
-@pytest.mark.skipif(native.extension() is None, reason="needs the compiled extension")
-def test_a_router_that_is_one_matrix_is_asked_the_quick_way():
-    router = Router()
-    answers = asked(router, 30)
-    assert router.calls == QUICK_CHECKS
-    assert all({expert for expert, _ in ranked[:TOP_K]} == chosen for ranked, chosen in answers)
-    assert all(len(ranked) == 6 for ranked, _ in answers)
-
-
-def test_a_router_that_is_more_than_its_matrix_is_asked_itself():
-    router = Router(bias=8.0)
-    answers = asked(router, 30)
-    assert router.calls == 30
-    assert all({expert for expert, _ in ranked[:TOP_K]} == chosen for ranked, chosen in answers)
-
-
-def test_several_tokens_give_shares_of_the_chosen():
-    gate = RouterGate(Router(), EXPERTS)
+def test_shares_of_all_tokens_together():
+    gate = RouterGate(qwen_router(), EXPERTS)
     gate.record((torch.zeros(1, HIDDEN),), {})
-    ranked = gate.rank(torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2)), EXPERTS)
-    shares = [share for _, share in ranked]
+    shares = [share for _, share in gate.shares(torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2)))]
     assert shares == sorted(shares, reverse=True)
     assert 0 < shares[-1] <= shares[0] <= 1.0
 

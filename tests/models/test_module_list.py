@@ -15,6 +15,8 @@ from fate.conversion import convert
 from fate.errors import UnsupportedModelError
 from fate.inspection import inspect_model
 from fate.loading import _identity
+from fate.models.activation import recognise
+from fate.models.adapter import find_moe_layers
 from fate.models.adapters.module_list import _recognise
 
 EXPERT = """
@@ -123,8 +125,7 @@ def test_a_list_of_experts_runs(checkpoint: Path, tmp_path: Path) -> None:
             model(prompt)
         stats = model.fate.stats().total
         assert stats.accesses - stats.hits > stats.first_accesses, "experts were evicted and read again"
-        layers = [module.fate_layer for module in model.modules() if "fate_layer" in vars(module)]
-        assert all(layer._compute == layer._fused for layer in layers)
+        assert all(recognise(layer.experts) is not None for layer in find_moe_layers(model))
 
 
 @pytest.mark.parametrize("checkpoint", [SWIGLU], indirect=True)

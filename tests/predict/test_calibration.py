@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fate.predict.calibration import Calibration, Saying
+from fate.predict.calibration import Calibration, GateOutput
 
 NUM_EXPERTS, TOP_K, LIMIT = 24, 4, 12
 
@@ -16,7 +16,9 @@ def saying(rng, noise, absent=range(NUM_EXPERTS)):
     order = sorted(range(NUM_EXPERTS), key=scores.__getitem__, reverse=True)[:LIMIT]
     truth = [score + noise * rng.random() for score in scores]
     needed = sorted(range(NUM_EXPERTS), key=truth.__getitem__, reverse=True)[:TOP_K]
-    return Saying([(expert, scores[expert] / total) for expert in order], frozenset(absent)), needed
+    return GateOutput(
+        [(expert, scores[expert] / total) for expert in order], set(range(NUM_EXPERTS)) - set(absent)
+    ), needed
 
 
 def settled(noise, steps=3000):
@@ -58,8 +60,8 @@ def test_confidences_are_the_frequencies_of_ranks():
 def test_what_is_in_memory_is_named_but_not_read_and_teaches_nothing():
     rng, calibration = random.Random(0), Calibration(TOP_K, LIMIT)
     said, needed = saying(rng, 0.1, absent=())
-    before = calibration.confident(Saying(said.ranked, frozenset(range(NUM_EXPERTS))))
+    before = calibration.confident(GateOutput(said.ranked, ()))
     assert all(confidence == 0.0 for _, confidence in calibration.confident(said))
     calibration.learn(said, needed)
-    after = dict(calibration.confident(Saying(said.ranked, frozenset(range(NUM_EXPERTS)))))
+    after = dict(calibration.confident(GateOutput(said.ranked, ())))
     assert {expert: confidence for expert, confidence in before if expert in after} == after

@@ -15,7 +15,7 @@ class Gate:
     def rank(self, gate_input, limit):
         others = [expert for expert in range(NUM_EXPERTS) if expert not in gate_input]
         order = [*gate_input, *others][:limit]
-        return tuple((expert, 0.4 / (rank + 1)) for rank, expert in enumerate(order))
+        return [tuple((expert, 0.4 / (rank + 1)) for rank, expert in enumerate(order))]
 
 
 def make(cached=lambda layer: (), gates=None, incomplete=lambda layer: True, load=lambda: 0.0):
@@ -88,8 +88,23 @@ def test_layers_that_have_nothing_in_common_are_no_longer_guessed():
 
 def test_of_a_prompt_the_next_layer_alone_by_share():
     gate = Gate()
-    gate.rank = lambda gate_input, limit: ((4, 0.9), (2, 0.1))
+    gate.shares = lambda gate_input: ((4, 0.9), (2, 0.1))
     prompt = Routing(1, {4: 30, 2: 10}, tokens=20, prefill=True)
     (prediction,) = make(gates=[gate] * NUM_LAYERS).predict(prompt, object())
     assert (prediction.layer, prediction.ranked) == (2, ((4, 0.9), (2, 0.1)))
     assert not make(gates=[gate] * NUM_LAYERS).predict(Routing(3, {1: 5}, tokens=5, prefill=True), object())
+
+
+def test_rows_of_several_sequences_are_predicted_one_by_one():
+    """What one of two rows will need is likelier than what each of them may."""
+
+    class Rows(Gate):
+        def rank(self, gate_input, limit):
+            return [row for experts in gate_input for row in super(Rows, self).rank(experts, limit)]
+
+    predictor = make(gates=[Rows()] * NUM_LAYERS)
+    near, _ = predictor.predict(Routing(0, {3: 1, 5: 1, 9: 2}, tokens=2), [[3, 9], [5, 9]])
+    confidence = dict(near.ranked)
+    assert near.experts[0] == 9
+    assert {3, 5} <= set(near.experts)
+    assert confidence[9] > confidence[3] > 0

@@ -4,15 +4,13 @@ import pytest
 import torch
 
 import fate
+from engine_support import stepwise_logits
 from fate.cache import POLICIES
-from fate.engine.backend import LayerRuntime
-from fate.engine.payoff import Payoff
 from fate.sim.belady import belady_misses
 from fate.sim.curves import lru_miss_curves
 from fate.sim.replay import CacheCounts, replay
 from fate.systems import System
 from fate.trace import RoutingTrace
-from engine_support import stepwise_logits
 from tiny import tiny_store
 
 
@@ -21,15 +19,15 @@ def counted(stats):
     return CacheCounts(stats.accesses, stats.hits, stats.first_accesses, stats.evictions)
 
 
-def run(policy, experts, allocation="uniform", early_routing=False):
+def run(policy, experts, allocation="uniform"):
     """Two requests of a tiny model: (trace, capacities, statistics of each layer)."""
     store = tiny_store("qwen2_moe", 32, 16)
-    system = System(f"{policy}-on-demand", policy=policy, allocation=allocation, early_routing=early_routing)
+    system = System(f"{policy}-on-demand", policy=policy, allocation=allocation)
     with fate.load(store, experts=experts, system=system) as model, model.fate.record_routing("tiny") as recorder:
         for seed in (3, 4):
             ids = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(seed))
             stepwise_logits(model, ids, prompt_tokens=10)
-        return recorder.trace(), model.fate.engine.manager.cache.capacities, model.fate.layer_stats()
+        return recorder.trace(), model.fate.engine.residency.cache.capacities, model.fate.layer_stats()
 
 
 @pytest.mark.parametrize("experts", [1, "50%", "75%"])
@@ -45,25 +43,6 @@ def test_replay_counts_what_the_run_counted(tmp_path, policy, experts):
     assert all(
         layer.hits > 0 and layer.misses > layer.first_accesses and layer.evictions > 0 for layer in result.layers
     )
-
-
-@pytest.mark.parametrize("experts", [1, "50%", "75%"])
-def test_early_demands_are_no_accesses(experts, monkeypatch):
-    """Whatever the router says when it is asked early, and it says something else now and then."""
-    words = []
-    real = LayerRuntime.begin_early
-
-    def sometimes_wrong(self, gate_input, pairs, start):
-        words.append(len(words) % 5 == 4)
-        real(self, gate_input, {(e + 1) % 8: n for e, n in pairs.items()} if words[-1] else pairs, start)
-
-    monkeypatch.setattr(LayerRuntime, "begin_early", sometimes_wrong)
-    monkeypatch.setattr(Payoff, "pays", True)
-    trace, capacities, layer_stats = run("arc", experts, early_routing=True)
-    assert words.count(True) > 10
-    result = replay(trace, capacities, POLICIES.get("arc"))
-    assert list(result.prefill) == [counted(stats.prefill) for stats in layer_stats]
-    assert list(result.decode) == [counted(stats.decode) for stats in layer_stats]
 
 
 def test_the_curve_and_the_bound_speak_of_the_same_run():

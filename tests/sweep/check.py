@@ -13,13 +13,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 import fate
 from fate.conversion import convert
+from fate.engine.session import FateModel
 from fate.kernels import ExpertActivation
 from fate.models.activation import recognise
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.adapters import adapt
 from fate.models.adapters.stacked import StackedExperts
 from fate.models.auto import auto_class
-from fate.engine.session import FateModel
 from sweep.checkpoints import dequantize_experts, save_checkpoint
 from sweep.discovery import Family
 from sweep.tiny_configs import tiny_config
@@ -36,7 +36,8 @@ class Outcome:
 
     raw_error: of fp32 records; packed_error: of INT4 records against transformers on the dequantized weights;
     int4_error: of INT4 records and 8-bit dense weights against the checkpoint. All relative, of logits. same_bits:
-    whether INT4 logits are the same with the fewest experts in memory and with all. activations: what the kernels
+    whether INT4 logits are the same with the fewest experts in memory and with all. native: which of its
+    layers' halves decode by native calls. activations: what the kernels
     compute in its layers; "its own code": none of theirs.
     """
 
@@ -50,7 +51,7 @@ class Outcome:
     same_text: bool | None = None
     same_bits: bool | None = None
     recall: float | None = None
-    early: bool = False
+    native: str = ""
     activations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reason: str = ""
@@ -98,7 +99,6 @@ def measure(family: Family, outcome: Outcome, folder: Path) -> None:
         assert stats.evictions or again > 0, "every expert stayed in memory"
         outcome.recall = stats.recalled / stats.asked if stats.asked else None
         outcome.layers = len(model.fate.layer_stats())
-        outcome.early = model.fate._assembly.routes_early
         outcome.same_text = text is None or torch.equal(_text(model), text)
 
     default = convert(checkpoint, folder / "default")

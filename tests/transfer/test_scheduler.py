@@ -52,9 +52,9 @@ def key(expert):
 def make(request):
     made = []
 
-    def build(workers=1, **kwargs):
+    def build(workers=1, meter=None, **kwargs):
         source = GatedSource(**kwargs)
-        scheduler = TransferScheduler(source, workers=workers)
+        scheduler = TransferScheduler(source, workers=workers, meter=meter)
         made.append((source, scheduler))
         return source, scheduler
 
@@ -126,9 +126,8 @@ def test_a_prefetch_steps_aside_between_chunks(make):
 
 
 def test_a_prefetch_in_flight_is_upgraded_not_repeated(make):
-    source, scheduler = make()
     metered = []
-    scheduler.meter = lambda transfer, *sizes: metered.append(sizes)
+    source, scheduler = make(meter=lambda transfer, *sizes: metered.append(sizes))
     guess = prefetch(scheduler, 1, 2 * PREFETCH_CHUNK_BYTES)
     source.started.acquire()
     assert scheduler.upgrade(guess) == 0

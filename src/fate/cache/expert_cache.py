@@ -48,7 +48,7 @@ class State(enum.Enum):
 
 
 class Origin(enum.Enum):
-    """Why an expert was read: a layer asked for it (since then, for one that was prefetched), or a prediction named it."""
+    """Why an expert is there: a layer has asked for it, or so far only a prediction named it."""
 
     DEMAND = enum.auto()
     PREFETCH = enum.auto()

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedTokenizerBase, TextStreamer
 
+from fate.engine.session import FateModel, RunStats
 from fate.errors import FateError, UsageError
 from fate.memory import format_bytes
-from fate.engine.session import FateModel, RunStats
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ def run(
 
         from fate.cli.explanation import print_explanation
         from fate.cli.generation import Sampling, TimedStreamer, generate, report, summary
-        from fate.explanation import observe
         from fate.engine.generation import check_envelope
+        from fate.explanation import observe
 
         with byte_progress() as bar:
             store = ensure_store(model, bar, trust_remote_code)

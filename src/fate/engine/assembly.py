@@ -10,6 +10,16 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from fate.cache import ALLOCATIONS, POLICIES, ExpertCache, SlotRequest
+from fate.engine import planning
+from fate.engine.accounting import Accounting
+from fate.engine.engine import Engine
+from fate.engine.experts import LayerRuntime
+from fate.engine.prefetch import Prefetcher
+from fate.engine.residency import Residency
+from fate.engine.session import Session, attach
+from fate.engine.slots import SlotPool
+from fate.engine.step import Steps
+from fate.engine.switch import PrefetchSwitch
 from fate.errors import ProfileMissingError
 from fate.kernels import native
 from fate.memory import (
@@ -29,16 +39,6 @@ from fate.models.gate import RouterGate
 from fate.precision import PRECISIONS
 from fate.predict import PREDICTORS, PredictorContext
 from fate.profile import Profile, read_profile
-from fate.engine import planning
-from fate.engine.accounting import Accounting
-from fate.engine.engine import Engine
-from fate.engine.experts import LayerRuntime
-from fate.engine.prefetch import Prefetcher
-from fate.engine.residency import Residency
-from fate.engine.session import Session, attach
-from fate.engine.slots import SlotPool
-from fate.engine.step import Steps
-from fate.engine.switch import PrefetchSwitch
 from fate.store.ahead import DenseWeights
 from fate.store.reader import StoreReader
 from fate.systems import EXACT, System, resolve_system
@@ -148,8 +148,8 @@ class Assembly:
         return engine
 
     def _divide(self, system: System, num_slots: int, link: float | None) -> tuple[list[int], int]:
-        """Cached experts of each layer, and transient slots: the least, and what prefetching needs beyond it where slots
-        are plenty but do not hold all experts. All are transient where nothing is cached."""
+        """Cached experts of each layer, and transient slots. These are the least there may be, and more for prefetching
+        where slots are plenty but do not hold all experts. All are transient where nothing is cached."""
         if not system.cached:
             return [0] * len(self._counts), num_slots
         transient = self._transient

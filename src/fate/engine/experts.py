@@ -1,7 +1,7 @@
 """The experts of one layer: routing, lease, compute, sum. One road for every token, resident or streamed.
 
-transformers calls `experts(hidden_states, top_k_index, top_k_weights)`, which is `LayerRuntime.forward`; blocks that are
-ours route natively and call `LayerRuntime.run_routed`. Both go by `_run`.
+transformers calls `experts(hidden_states, top_k_index, top_k_weights)`, which is `LayerRuntime.forward`. Blocks that
+are ours route natively and call `LayerRuntime.run_routed`. Both go by `_run`.
 """
 
 from __future__ import annotations
@@ -149,9 +149,7 @@ class LayerRuntime:
 
     def _routing(self, batch: Batch) -> Routing:
         step = self._step
-        return Routing(
-            self.index, batch.pairs_per_expert, batch.rows, step.prefill, batch.gate_weights, step.spans
-        )
+        return Routing(self.index, batch.pairs_per_expert, batch.rows, step.prefill, batch.gate_weights, step.spans)
 
 
 def experts_forward(

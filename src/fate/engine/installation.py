@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from fate.engine.assembly import LoadOptions, assemble
 from fate.errors import StoreMismatchError
 from fate.models.adapter import MoELayer, find_moe_layers
 from fate.models.adapters import adapt
 from fate.models.packed import PackedEmbedding, PackedLinear
-from fate.engine.assembly import LoadOptions, assemble
 from fate.store.ahead import DenseWeights
 from fate.store.reader import StoreReader
 

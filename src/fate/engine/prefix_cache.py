@@ -13,8 +13,8 @@ from typing import Any
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from fate.models.kv_cache import PlannedLayer
 from fate.engine.session import FateModel
+from fate.models.kv_cache import PlannedLayer
 
 _CUT = (DynamicLayer, PlannedLayer)  # hold every token, so they can be cut back to any
 _GO_ON = (*_CUT, DynamicSlidingWindowLayer)  # take several new tokens after old ones, as chunked prefill does

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -132,6 +132,20 @@ class Residency:
         if entry.transfer is not None:
             self.scheduler.cancel(entry.transfer)
         self.cache.drop(entry)
+
+    def read_through(self, keys: Sequence[ExpertKey], precision: Precision) -> None:
+        """Read experts that are not resident, as many as the transient region takes, and forget them: to time reads."""
+        with self.between_leases():
+            entries = [entry for key in keys if (entry := self.cache.stage(key)) is not None]
+            for entry in entries:
+                self.demand(entry, precision)
+            for entry in entries:
+                assert entry.transfer is not None
+                while not entry.transfer.finished:
+                    self.scheduler.wait_any([entry.transfer])
+                require_done(entry.transfer)
+                self.settle(entry)
+                self.drop_staged(entry)
 
     def stage_for_demand(self, key: ExpertKey) -> Slot | None:
         """A transient slot for an expert that is needed now, prefetches giving way; None: all hold needed experts."""

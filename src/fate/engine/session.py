@@ -13,14 +13,14 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from fate.core import Envelope, Span, StepStats
+from fate.engine.engine import Engine
+from fate.engine.generation import check_envelope, generate_within_plan
+from fate.engine.step import PhaseTimes
 from fate.errors import ClosedError, ProfileMissingError, UsageError
 from fate.kernels import native, threads
 from fate.memory import MemoryPlan, make_plan, parse_experts, parse_memory
 from fate.models.kv_cache import planned_cache
 from fate.profile import Profile
-from fate.engine.engine import Engine
-from fate.engine.generation import check_envelope, generate_within_plan
-from fate.engine.step import PhaseTimes
 from fate.store.reader import StoreReader
 from fate.systems import System, resolve_system
 from fate.trace import Recorder, Timeline, TraceMeta

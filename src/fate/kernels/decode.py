@@ -1,8 +1,8 @@
 """A decoder layer of a few rows in two native calls, and the small operations that they are made of.
 
-Each row is a new token of its own sequence. The first call is attention and routing (`AttentionHalf`; `route` or `group`
-where attention is a family's own). The second is experts and sum (`ExpertHalf`), in one piece where all experts are in
-memory, otherwise in pieces as they arrive. `Buffers` holds what passes between them.
+Each row is a new token of its own sequence. The first call is attention and routing: `AttentionHalf`, or, where
+attention is a family's own, `route` or `group`. The second is experts and sum (`ExpertHalf`), in one piece where all
+experts are in memory, otherwise in pieces as they arrive. `Buffers` holds what passes between them.
 
 The functions below compute the same for any number of rows. A row's bits depend on nothing but the row: not on the rows
 beside it, on threads, or on the pieces. All tensors are contiguous and on the CPU, float32, bfloat16 or float16; the
@@ -89,8 +89,8 @@ class KVRows(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What routing says of all rows: distinct experts, the most pairs first, of equals the lower number; the (row, rank)
-    pairs of each; the sum of their weights. Pairs of weight zero are dropped."""
+    """What routing says of all rows. experts: the distinct ones, the most pairs first, of equals the lower number.
+    pairs: how many (row, rank) each has; those of weight zero are dropped. weights: the sum over them."""
 
     experts: list[int]
     pairs: list[int]
@@ -153,7 +153,7 @@ class AttentionHalf:
         self._router = None if router is None else native_router(router, dtype)
 
     def __call__(self, buffers: Buffers, x: Tensor, rotary: tuple[Tensor, Tensor], kv: KVRows) -> Routed | None:
-        """x [rows, 1, hidden]; rotary: cos and sin [rows or 1, 1, dim], whose first dim elements of a head are rotated in
+        """x [rows, 1, hidden]; rotary: cos and sin [rows or 1, 1, dim]: the first dim elements of a head are rotated in
         halves. The new keys and values are written to the cache. None without a router."""
         cos, sin = rotary
         if x.dtype is not self._dtype or cos.dtype is not self._dtype or sin.dtype is not self._dtype:
@@ -245,7 +245,9 @@ def group(buffers: Buffers, x: Tensor, indices: Tensor, weights: Tensor, num_exp
     from num_experts on is nobody's."""
     rows, ranks = indices.shape
     if weights.shape != indices.shape or indices.dtype != torch.int64 or x.shape[0] != rows:
-        raise ValueError(f"{weights.dtype} {tuple(weights.shape)} and {indices.dtype} {tuple(indices.shape)} do not fit")
+        raise ValueError(
+            f"{weights.dtype} {tuple(weights.shape)} and {indices.dtype} {tuple(indices.shape)} do not fit"
+        )
     indices, weights, x = indices.contiguous(), weights.contiguous(), x.contiguous()
     return Routed(
         *native.extension().group(
@@ -344,16 +346,18 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     out, up = gate.clone(memory_format=torch.contiguous_format), up.contiguous()
     if up.shape != out.shape or up.dtype != out.dtype:
         raise ValueError(f"{gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)} do not fit")
-    native.extension().silu_times(
-        out.data_ptr(), up.data_ptr(), dtype_code(out.dtype), out.numel(), threads.count()
-    )
+    native.extension().silu_times(out.data_ptr(), up.data_ptr(), dtype_code(out.dtype), out.numel(), threads.count())
     return out
 
 
 def add_gated(experts: Tensor, shared: Tensor, logits: Tensor) -> Tensor:
     """experts + sigmoid(logits) * shared, [tokens, hidden] with logits [tokens, 1]."""
     tokens, hidden = experts.shape
-    if shared.shape != experts.shape or logits.shape != (tokens, 1) or not shared.dtype == logits.dtype == experts.dtype:
+    if (
+        shared.shape != experts.shape
+        or logits.shape != (tokens, 1)
+        or not shared.dtype == logits.dtype == experts.dtype
+    ):
         raise ValueError(f"{tuple(experts.shape)}, {tuple(shared.shape)}, {tuple(logits.shape)} do not fit")
     out = torch.empty_like(experts)
     native.extension().add_gated(

@@ -105,8 +105,8 @@ class PlannedLayer(DynamicLayer):
         return KVRows(
             [key + row * key_strides[0] * item for row in range(rows)],
             [value + row * value_strides[0] * item for row in range(rows)],
-            key_strides[1:3],
-            value_strides[1:3],
+            (key_strides[1], key_strides[2]),
+            (value_strides[1], value_strides[2]),
             [0] * rows,
             [self._tokens + 1] * rows,
         )

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from fate.core import Prediction, Routing
 from fate.registry import Registry
 
-
 Ranked = tuple[tuple[int, float], ...]
 
 

@@ -36,12 +36,12 @@ class Calibration:
 
     def confident(self, output: GateOutput) -> list[tuple[int, float]]:
         """The candidates to name: (expert, how often one of its rank was needed; 0 for what is in memory)."""
-        named, mass, rank = [], 0.0, 0
+        named: list[tuple[int, float]] = []
+        mass = 0.0
         for (expert, probability), is_absent, often in zip(output.ranked, output.absent, self._needed):
-            if rank >= self.top_k and mass >= self.threshold:
+            if len(named) >= self.top_k and mass >= self.threshold:
                 break
             mass += probability
-            rank += 1
             named.append((expert, often if is_absent else 0.0))
         return named
 

@@ -54,7 +54,9 @@ class Oracle(Predictor):
             )
         self._at += routing.layer < self._layer or self._num_layers == 1
         self._layer = routing.layer
-        if routing.prefill and routing.tokens > 1:  # of a prompt, the rest of its own layers, by the share of its tokens' choices
+        if (
+            routing.prefill and routing.tokens > 1
+        ):  # of a prompt, the rest of its own layers, by the share of its tokens' choices
             furthest = min(self.lookahead - LOOKAHEAD + 1, self._num_layers - 1 - routing.layer)
         else:
             furthest = min(self.lookahead, self._num_layers - 1)

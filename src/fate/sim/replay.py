@@ -66,7 +66,7 @@ def replay(trace: RoutingTrace, capacities: Sequence[int], policy: Callable[[int
 
     capacities: slots of each layer. policy: makes the eviction policy of a layer from its capacity.
     """
-    cache: ExpertCache[_NoTransfer] = ExpertCache(capacities, transient=1, policy=policy)
+    cache: ExpertCache[_NoTransfer] = ExpertCache(trace.meta.num_experts, capacities, transient=1, policy=policy)
     counts = {prefill: [CacheCounts()] * trace.meta.num_layers for prefill in (True, False)}
     seen: set[ExpertKey] = set()
     request = None
@@ -86,13 +86,13 @@ def _step(cache: ExpertCache[_NoTransfer], routing: Routing, seen: set[ExpertKey
     keys = [ExpertKey(routing.layer, expert) for expert in routing.experts]
     first_accesses = len(set(keys) - seen)
     seen.update(keys)
-    found = [entry for key in keys if (entry := cache.lookup(key)) is not None]
+    found = [entry for key in keys if (entry := cache.lookup(*key)) is not None]
     cache.pinned.update(entry.key for entry in found)
     for entry in reversed(found):  # so that the most popular is the most recent
         cache.touch(entry)
     for key in keys:
         # Where every slot of the layer is pinned the expert passes through the transient region, which nothing sees.
-        if cache.lookup(key) is None and cache.admit(key) is not None:
+        if cache.lookup(*key) is None and cache.admit(key) is not None:
             cache.pinned.add(key)
     cache.pinned.clear()
     return CacheCounts(len(keys), len(found), first_accesses, cache.evictions - evictions)

@@ -115,8 +115,8 @@ class TransferScheduler:
 
     prefetch_cap_bytes bounds the bytes of prefetches that are queued or being read. meter: told of all bytes read
     (transfer, those it was guessed at, those demanded), by one thread at a time. listener: told of every read (expert,
-    "demand" or "prefetch", start and end in seconds, bytes). An exception in the caller (a KeyboardInterrupt may come anywhere) can leave a transfer that nobody waits for;
-    `quiesce` forgets them all.
+    "demand" or "prefetch", start and end in seconds, bytes). An exception in the caller (a KeyboardInterrupt may come
+    anywhere) can leave a transfer that nobody waits for; `quiesce` forgets them all.
     """
 
     def __init__(

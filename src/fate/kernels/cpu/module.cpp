@@ -428,6 +428,7 @@ void bind_run_experts(const ExpertHalf& half, Buffers& buffers, int64_t rows, co
 }  // namespace
 
 NB_MODULE(_cpu, m) {
+    nb::set_leak_warnings(false);  // a model may live until the interpreter has gone
     nb::class_<Record>(m, "Record").def_static("make", &make_record);
     nb::class_<ExpertActivation>(m, "ExpertActivation").def_static("make", &make_activation);
     m.def("linear", &bind_linear);

@@ -32,9 +32,7 @@ class ExpertLayer(Protocol):
 
     lock: Any
 
-    def run_routed(
-        self, routed: decode.Routed, rows: int, gate_input: Tensor | None, *, add_residual: bool
-    ) -> Tensor:
+    def run_routed(self, routed: decode.Routed, rows: int, gate_input: Tensor | None, *, add_residual: bool) -> Tensor:
         """The block's output [rows, hidden] of what `Buffers` holds after routing."""
 
     def forward(
@@ -55,7 +53,7 @@ class SparseBlock(Watched):
     """Mixin of a block: `fate_block` holds its spec while two native calls may stand for it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layer: ExpertLayer | None = self._modules["experts"].__dict__.get("fate_layer")  # type: ignore[union-attr]
+        layer: ExpertLayer | None = self._modules["experts"].__dict__.get("fate_layer")
         if layer is None or len(args) != 1 or kwargs or not is_plain(args[0]) or args[0].dim() != 3 or self.training:
             return super().forward(*args, **kwargs)
         x: Tensor = args[0]
@@ -176,5 +174,5 @@ def block_spec(block: nn.Module, dtype: torch.dtype) -> BlockSpec | None:
         return None
     if weight is not None and (weight.dtype != dtype or weight.requires_grad):
         return None
-    matrices = (packed_matrix(shared._modules[part]) for part in GATED)  # type: ignore[arg-type]
-    return BlockSpec(router, decode.SharedExpert(*matrices, weight))
+    gate_proj, up_proj, down_proj = (packed_matrix(shared._modules[part]) for part in GATED)  # type: ignore[arg-type]
+    return BlockSpec(router, decode.SharedExpert(gate_proj, up_proj, down_proj, weight))

@@ -103,7 +103,7 @@ class NativeLayer:
 
 
 def adopt_layers(model: nn.Module, watch: Watch) -> None:
-    """Make the decoder layers of `model` that are of a known form ours, with all that native calls of them pass over."""
+    """Make the decoder layers of `model` that are of a known form ours, and watch what native calls pass over."""
     for module in model.modules():
         if isinstance(module, Watched) or digest(type(module).forward) not in LAYERS:
             continue
@@ -161,7 +161,12 @@ def attention_half(module: Any, block: BlockSpec | None, dtype: torch.dtype) -> 
     attention, norms = module.self_attn, [norm_of(module._modules[name], dtype) for name in _NORMS]
     children = {name: child for name, child in attention._modules.items() if child is not None}
     listened = (module.self_attn, *children.values(), *(module._modules[name] for name in _NORMS))
-    if module.training or not all(map(is_unhooked, listened)) or None in norms or not all(map(_as_built, children.items())):
+    if (
+        module.training
+        or not all(map(is_unhooked, listened))
+        or None in norms
+        or not all(map(_as_built, children.items()))
+    ):
         return None
     form, config = ATTENTIONS[digest(own_class(attention).forward)], attention.config
     if form.only_if_none is not None and getattr(config, form.only_if_none, None) is not None:

@@ -85,8 +85,8 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether no hook hears of calls, transformers' own recorders of outputs and ours (`is_ours`) apart, and `forward` is
-    the class's own."""
+    """Whether no hook hears of calls but transformers' recorders of outputs and ours (`is_ours`), and `forward` is the
+    class's own."""
     state = module.__dict__
     if state["_forward_pre_hooks"] or "forward" in state:
         return False

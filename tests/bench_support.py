@@ -12,7 +12,7 @@ from fate.bench.prompts import Request
 from fate.bench.summary import Phase, Run
 from fate.bench.systems import Cell, Measured
 from fate.core import StepStats
-from fate.runtime.session import RunStats
+from fate.engine.session import RunStats
 
 GB = 10**9
 COMPUTE = Compute(

@@ -11,8 +11,8 @@ import torch
 
 import fate
 from fate.core import Routing, StepStats
+from fate.engine.session import FateModel
 from fate.explanation import Explanation, LayerWaits, PhaseExplanation, explain_phase, link_bytes_per_s, observe
-from fate.runtime.session import FateModel
 from fate.trace.timeline import Event
 from tiny import tiny_store
 

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 import fate
 from fate.cache import POLICIES
 from fate.conversion import convert
+from fate.engine.session import FateModel
 from fate.evaluate import perplexity
-from fate.runtime.session import FateModel
 from fate.sim.belady import belady_misses
 from fate.sim.replay import replay
 from fate.similarity import measure_similarity

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from fate.engine.session import FateModel
 from fate.errors import UsageError
-from fate.runtime.session import FateModel
 
 
 @dataclass(frozen=True)

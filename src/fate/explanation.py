@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fate.core import StepStats
-from fate.runtime.manager import ExpertManager
-from fate.runtime.session import Session
+from fate.engine.manager import ExpertManager
+from fate.engine.session import Session
 from fate.trace.timeline import Event, Timeline
 
 MAX_READS = 10_000  # of each phase, for the link's speed: enough for that, and some 2 MB

@@ -9,11 +9,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fate.conversion import read_config, transformers_config
 from fate.core import Envelope
-from fate.memory import DEFAULT_PREFILL_CHUNK, Needs
+from fate.engine.backend import EXPERTS_FUNCTION
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.packable import packable
-from fate.runtime import planning
-from fate.runtime.backend import EXPERTS_FUNCTION
+from fate.plan import needs as planning
+from fate.plan.budget import DEFAULT_PREFILL_CHUNK, Needs
 from fate.store.format import LayerSpec, MatrixSpec, RecordLayout, StoreHeader
 from fate.store.quantized import open_checkpoint
 from fate.store.reader import StoreReader, is_store

@@ -17,27 +17,18 @@ from typing import TYPE_CHECKING, cast
 
 from fate.directories import cache_directory
 from fate.errors import OutputExistsError, StoreError, UsageError
-from fate.memory import (
-    DEFAULT_PREFILL_CHUNK,
-    MIB,
-    MemoryPlan,
-    available_bytes,
-    default_budget,
-    format_bytes,
-    parse_experts,
-    parse_memory,
-    resident_bytes,
-)
+from fate.plan.budget import DEFAULT_PREFILL_CHUNK, MemoryPlan, PlanRow, default_budget
+from fate.plan.machine import available_bytes, resident_bytes
 from fate.store.ahead import DenseWeights
 from fate.store.files import PACKED_FILE, is_store, read_config
 from fate.systems import EXACT, System, resolve_system
-from fate.transfer.link import parse_link
+from fate.units import MIB, format_bytes, parse_experts, parse_link, parse_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fate.runtime.assembly import LoadOptions
-    from fate.runtime.session import FateModel
+    from fate.engine.assembly import LoadOptions
+    from fate.engine.session import FateModel
 
 logger = logging.getLogger("fate")
 Progress = Callable[[int, int, str], None]
@@ -91,7 +82,7 @@ def load(
     if dense is not None and not dense.store.samefile(store):
         raise UsageError(f"dense holds the weights of {dense.store}: give what was read ahead of {store}")
     with read_ahead(store, memory) if dense is None else nullcontext(dense) as reading:
-        from fate.runtime.assembly import LoadOptions
+        from fate.engine.assembly import LoadOptions
 
         options = LoadOptions(
             memory,
@@ -207,6 +198,6 @@ def load_tokenizer(store: Path) -> PreTrainedTokenizerBase:
 
 def print_plan(plan: MemoryPlan, system: System) -> None:
     """The plan as plain text on standard error."""
-    rows = [*plan.rows(), ("total", plan.total, f"of {format_bytes(plan.budget)}")]
-    lines = [f"{name:<14}{format_bytes(size):>12}  {note}" for name, size, note in rows]
+    rows = [*plan.rows(), PlanRow("total", plan.total, f"of {format_bytes(plan.budget)}")]
+    lines = [f"{row.name:<14}{format_bytes(row.num_bytes):>12}  {row.note}" for row in rows]
     print(f"system {system.name}", *lines, sep="\n", file=sys.stderr)

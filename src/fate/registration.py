@@ -26,7 +26,7 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    import fate.runtime.quantizer  # noqa: F401 - it registers itself
+    import fate.engine.quantizer  # noqa: F401 - it registers itself
 
 
 class _RegistryFinder(MetaPathFinder):

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fate.engine.session import FateModel
 from fate.errors import UsageError
 from fate.models.adapter import MoELayer, find_moe_layers
-from fate.runtime.session import FateModel
 
 
 @dataclass(frozen=True)

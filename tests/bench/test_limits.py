@@ -7,7 +7,7 @@ import pytest
 from fate.bench.limits import Compute, bound_s, compute_limit, disk_bytes_per_s
 from fate.bench.passes import Pass
 from fate.core import StepStats
-from fate.runtime.session import RunStats
+from fate.engine.session import RunStats
 from fate.store.reader import StoreReader
 from tiny import tiny_store
 

@@ -8,7 +8,7 @@ from bench_support import COMPUTE, run
 from fate.bench.passes import Pass
 from fate.bench.summary import Phase, Run, make_run, paired_ratio, repeated_run, system_row
 from fate.core import StepStats
-from fate.runtime.session import RunStats
+from fate.engine.session import RunStats
 
 
 def test_ratios_are_of_the_same_repeat() -> None:

@@ -19,7 +19,7 @@ from fate.bench.quality import Quality
 from fate.bench.report import document, write_json
 from fate.bench.systems import SystemsBench
 from fate.core import StepStats
-from fate.runtime.session import FateModel, Session
+from fate.engine.session import FateModel, Session
 from tiny import tiny_store
 
 STORE = "qwen2_moe"

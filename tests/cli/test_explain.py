@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from cli_support import FAMILY, Cli
-from fate.runtime import assembly
-from fate.runtime.switch import PrefetchSwitch
+from fate.engine import assembly
+from fate.engine.switch import PrefetchSwitch
 from tiny import tiny_store
 
 TITLE = "layer total experts stall predict hit rate recall@k coverage demanded guessed wasted gain"

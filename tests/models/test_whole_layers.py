@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import fate
 from fate.core import Routing
+from fate.engine.backend import LayerRuntime
 from fate.kernels import native
 from fate.kernels.block import BlockRun
 from fate.models.fused import block as block_module
 from fate.models.fused import whole as whole_module
-from fate.runtime.backend import LayerRuntime
 from tiny import tiny_store
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="needs the compiled extension")

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 import fate
+from engine_support import stepwise_logits
 from fate.cache import POLICIES
-from fate.runtime.backend import LayerRuntime
-from fate.runtime.payoff import Payoff
+from fate.engine.backend import LayerRuntime
+from fate.engine.payoff import Payoff
 from fate.sim.belady import belady_misses
 from fate.sim.curves import lru_miss_curves
 from fate.sim.replay import CacheCounts, replay
 from fate.systems import System
 from fate.trace import RoutingTrace
-from runtime_support import stepwise_logits
 from tiny import tiny_store
 
 

@@ -13,13 +13,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 import fate
 from fate.conversion import convert
+from fate.engine.session import FateModel
 from fate.kernels import ExpertActivation
 from fate.models.activation import recognise
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
 from fate.models.adapters import adapt
 from fate.models.adapters.stacked import StackedExperts
 from fate.models.auto import auto_class
-from fate.runtime.session import FateModel
 from sweep.checkpoints import dequantize_experts, save_checkpoint
 from sweep.discovery import Family
 from sweep.tiny_configs import tiny_config

@@ -13,9 +13,9 @@ import torch
 
 from fate.bench.environment import environment, peak_resident_bytes
 from fate.bench.passes import Pass, feed
+from fate.engine.session import FateModel
 from fate.errors import UsageError
 from fate.loading import load, load_tokenizer
-from fate.runtime.session import FateModel
 
 
 @dataclass(frozen=True)

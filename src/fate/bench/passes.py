@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from fate.runtime.session import FateModel, RunStats
+from fate.engine.session import FateModel, RunStats
 
 
 @dataclass(frozen=True)

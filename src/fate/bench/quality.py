@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from fate.bench.prompts import Encode
+from fate.engine.session import FateModel
 from fate.errors import UsageError
 from fate.evaluate import Evaluation, perplexity
-from fate.runtime.session import FateModel
 
 
 class Quality:

@@ -14,7 +14,7 @@ from typing import Any
 from fate.bench.limits import Compute, bound_s
 from fate.bench.passes import Pass
 from fate.core import StepStats
-from fate.runtime.session import RunStats
+from fate.engine.session import RunStats
 
 BASELINES = ("load-on-demand-uncached", "load-on-demand", "eap")
 CACHING_BASELINES = BASELINES[1:]

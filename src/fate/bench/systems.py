@@ -19,14 +19,14 @@ from fate.bench.passes import Pass, feed, trace_last_token
 from fate.bench.prompts import Request
 from fate.bench.quality import Quality
 from fate.bench.summary import Run, make_run
+from fate.engine.session import FateModel
 from fate.loading import ensure_profile, load
 from fate.predict.oracle import Oracle
-from fate.runtime.session import FateModel
 from fate.store.format import StoreHeader
 from fate.store.reader import StoreReader
 from fate.systems import System
 from fate.trace import TraceStep
-from fate.transfer.link import parse_link
+from fate.units import parse_link
 
 _WITHOUT_GUESSES = "load-on-demand"
 

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fate.cli.generation import Generation, Sampling, TimedStreamer, encode_chat, generate, total
 from fate.cli.interrupt import AnswerInterrupt
+from fate.engine.prefix_cache import PrefixCache
+from fate.engine.session import FateModel
 from fate.errors import UsageError
-from fate.runtime.prefix_cache import PrefixCache
-from fate.runtime.session import FateModel
 
 Message = dict[str, str]
 

@@ -10,7 +10,7 @@ import typer
 
 from fate.cli import options
 from fate.cli.output import byte_progress, directory_bytes, err, out
-from fate.memory import format_bytes
+from fate.units import format_bytes
 
 
 def register(app: typer.Typer) -> None:

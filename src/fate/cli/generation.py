@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedTokenizerBase, TextStreamer
 
+from fate.engine.session import FateModel, RunStats
 from fate.errors import FateError, UsageError
-from fate.memory import format_bytes
-from fate.runtime.session import FateModel, RunStats
+from fate.units import format_bytes
 
 
 @dataclass(frozen=True)

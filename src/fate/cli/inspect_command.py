@@ -14,7 +14,7 @@ from rich.table import Table
 from fate.cli import options
 from fate.cli.output import byte_progress, out, print_facts, print_json, print_table, token_progress
 from fate.errors import FateError, UsageError
-from fate.memory import format_bytes, format_memory_argument
+from fate.units import format_bytes, format_memory_argument
 
 if TYPE_CHECKING:
     from fate.similarity import LayerSimilarity

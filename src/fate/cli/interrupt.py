@@ -11,8 +11,8 @@ import signal
 from types import FrameType
 from typing import Any
 
+from fate.engine.session import FateModel
 from fate.models.adapter import find_moe_layers
-from fate.runtime.session import FateModel
 
 
 class AnswerInterrupt:

@@ -11,7 +11,7 @@ from fate.cli import options
 from fate.cli.output import byte_progress, err, print_json, print_plan, print_words
 from fate.errors import EmptyPromptError
 from fate.loading import ensure_store, load, load_tokenizer, read_ahead
-from fate.memory import MemoryPlan
+from fate.plan.budget import MemoryPlan
 from fate.systems import EXACT, System
 
 
@@ -51,8 +51,8 @@ def run(
 
         from fate.cli.explanation import print_explanation
         from fate.cli.generation import Sampling, TimedStreamer, generate, report, summary
+        from fate.engine.generation import check_envelope
         from fate.explanation import observe
-        from fate.runtime.generation import check_envelope
 
         with byte_progress() as bar:
             store = ensure_store(model, bar, trust_remote_code)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fate.errors import CheckpointError, ModelNotFoundError
+from fate.fileio import drop_cache
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -188,8 +189,7 @@ class Checkpoint:
             if count == 0:
                 raise CheckpointError(f"{location.shard} was cut short while it was read: download it again")
             done += count
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, offset, length, os.POSIX_FADV_DONTNEED)
+        drop_cache(file, offset, length)
         return buffer.view(location.dtype)
 
 

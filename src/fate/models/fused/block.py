@@ -37,7 +37,7 @@ Ran = TypeVar("Ran")
 
 
 class Layer(Protocol):
-    """What computes a block's experts: see `runtime/backend.py`. function: its name among transformers' functions of
+    """What computes a block's experts: see `engine/backend.py`. function: its name among transformers' functions of
     experts; hooks: its own, on router and block, of which it needs no call where it computes a block whole; pooled: its
     experts; quiet: whether it may compute a block whole now, experts permitting."""
 

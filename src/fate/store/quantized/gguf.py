@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from fate.errors import CheckpointError, UnsupportedModelError
+from fate.fileio import drop_cache
 from fate.store.checkpoint import Checkpoint
 
 logger = logging.getLogger("fate")
@@ -128,9 +128,8 @@ class GgufCheckpoint(Checkpoint):
         return digest.hexdigest()
 
     def close(self) -> None:
-        if hasattr(os, "posix_fadvise"):
-            with self.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with self.path.open("rb") as file:
+            drop_cache(file.fileno())
 
     def _values(self, part: Any, start: int = 0, stop: int | None = None) -> torch.Tensor:
         values = self._gguf.dequantize(part.data[start:stop], part.tensor_type)

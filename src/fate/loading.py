@@ -120,8 +120,8 @@ def read_ahead(model: str | os.PathLike[str], memory: str | int | None) -> Itera
 
 
 def _load(store: Path, options: LoadOptions, trust_remote_code: bool) -> FateModel:
-    from fate.conversion import transformers_config
     from fate.models.auto import auto_class
+    from fate.models.config import transformers_config
 
     stored = read_config(store)["quantization_config"]
     config = transformers_config(store, trust_remote_code)
@@ -152,8 +152,8 @@ def ensure_store(
     """The store of `model`: itself, or its checkpoint converted (once, with the default options) into the cache."""
     if is_store(path := Path(model).expanduser()):
         return path
-    from fate.conversion import convert
-    from fate.store.checkpoint import resolve_source
+    from fate.convert import convert
+    from fate.convert.checkpoint import resolve_source
 
     source = resolve_source(os.fspath(model))
     name = Path(model).name  # a hub id's last part; the snapshot directory it resolves to is called by a hash
@@ -168,9 +168,9 @@ def ensure_store(
 
 def _identity(source: Path, trust_remote_code: bool) -> str:
     """What a cached store is known by: its format, the checkpoint, and the tokenizer and other files kept beside it."""
-    from fate.conversion import copied_files
+    from fate.convert.quantized import open_checkpoint
+    from fate.convert.source import copied_files
     from fate.store.format import FORMAT_VERSION
-    from fate.store.quantized import open_checkpoint
 
     with open_checkpoint(source) as checkpoint:
         digest = hashlib.sha256(f"{FORMAT_VERSION} {checkpoint.fingerprint()}".encode())

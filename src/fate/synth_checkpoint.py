@@ -22,12 +22,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from fate.conversion import Progress
+from fate.convert import Progress
+from fate.convert.checkpoint import INDEX_FILE
+from fate.convert.mapping import parameter_dtypes
 from fate.errors import DiskFullError, OutputExistsError, UsageError
 from fate.fileio import drop_cache
 from fate.models.adapter import build_meta_model
-from fate.models.mapping import parameter_dtypes
-from fate.store.checkpoint import INDEX_FILE
 from fate.store.tensorfile import TensorEntry, TensorFileLayout
 from fate.synth import Noise, pair_tokenizer, synth_config
 from fate.synth_routing import ROUTINGS, STD, UniformRouting

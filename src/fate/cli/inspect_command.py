@@ -40,10 +40,10 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Family, layers, experts, bytes at each precision, bits per weight, smallest legal budget."""
+    from fate.convert.checkpoint import resolve_source
     from fate.evaluate import read_text
     from fate.inspection import inspect_model
     from fate.loading import load_tokenizer
-    from fate.store.checkpoint import resolve_source
     from fate.store.reader import is_store
 
     if text is None and max_tokens is not None:

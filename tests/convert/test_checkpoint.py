@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
+from fate.convert.checkpoint import Checkpoint, resolve_source
 from fate.errors import CheckpointError, ModelNotFoundError
-from fate.store.checkpoint import Checkpoint, resolve_source
 from tiny import tiny_checkpoint
 
 _TENSORS = {

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fate.store.checkpoint import Checkpoint
-from fate.store.quantized.virtual import Virtual, model_dtype
+from fate.convert.checkpoint import Checkpoint
+from fate.convert.quantized.virtual import Virtual, model_dtype
 
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 

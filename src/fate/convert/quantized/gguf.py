@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fate.convert.checkpoint import Checkpoint
 from fate.errors import CheckpointError, UnsupportedModelError
 from fate.fileio import drop_cache
-from fate.store.checkpoint import Checkpoint
+from fate.models.adapter import build_meta_model
 
 logger = logging.getLogger("fate")
 SUFFIX = ".gguf"
@@ -72,8 +73,6 @@ class GgufCheckpoint(Checkpoint):
     """One GGUF file. Raises UnsupportedModelError for a family it does not read or where `gguf` is missing."""
 
     def __init__(self, path: Path) -> None:
-        from fate.models.adapter import build_meta_model  # it needs this package's format
-
         try:
             import gguf
         except ImportError as error:

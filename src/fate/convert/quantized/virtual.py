@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from fate.convert.checkpoint import Checkpoint
 from fate.errors import UnsupportedModelError
-from fate.store.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

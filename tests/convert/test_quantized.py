@@ -14,10 +14,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import fate
-from fate.conversion import convert
+from fate.convert import convert
+from fate.convert.checkpoint import Checkpoint
+from fate.convert.quantized import QuantizedCheckpoint, open_checkpoint
 from fate.errors import UnsupportedModelError
-from fate.store.checkpoint import Checkpoint
-from fate.store.quantized import QuantizedCheckpoint, open_checkpoint
 from tiny import tiny_checkpoint
 
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]

@@ -1,10 +1,7 @@
-"""From a Hugging Face checkpoint to a store on disk: streaming, resumable, in memory that does not grow with the model.
+"""The plan of a conversion, and its execution item by item.
 
 What is made of which tensors is planned first, on the meta device, so that a checkpoint that cannot be converted is
 refused before a byte is written. Then one expert, or a few rows of a dense matrix, is in memory at a time.
-
->>> convert("Qwen/Qwen1.5-MoE-A2.7B-Chat", Path("qwen-moe"), expert_bits=4, dense_bits=8)
-PosixPath('qwen-moe')
 """
 
 from __future__ import annotations
@@ -16,19 +13,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from fate.errors import CheckpointError, OutputExistsError, UnsupportedModelError, UsageError
+from fate.convert import Progress
+from fate.convert.checkpoint import Checkpoint
+from fate.convert.encode import encode_record
+from fate.convert.mapping import ExpertSource, Recipe, Source, plan_recipes
+from fate.convert.source import copied_files, read_config
+from fate.errors import CheckpointError, UsageError
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
-from fate.models.mapping import ExpertSource, Recipe, Source, plan_recipes
 from fate.models.packable import packable, packed_ties
-from fate.quant.nested import encode_record
-from fate.store.checkpoint import Checkpoint, read_checkpoint_config, resolve_source
+from fate.store.dtypes import RAW_DTYPES
 from fate.store.format import (
     CONSTANTS_BYTES,
     FORMAT_VERSION,
@@ -39,61 +36,17 @@ from fate.store.format import (
     padded_cols,
 )
 from fate.store.plan import StorePlan, packed_layout, plan_store
-from fate.store.quantized import open_checkpoint
-from fate.store.quantized.gguf import gguf_config, gguf_tokenizer_files, is_gguf
-from fate.store.reader import PACKED_FILE, is_store
+from fate.store.reader import PACKED_FILE
 from fate.store.tensorfile import TensorEntry
 from fate.store.writer import StoreWriter
 
-EXPERT_BITS = (4, 16, 32)
-DENSE_BITS = (4, 8, 16)
-Progress = Callable[[int, int, str], None]
 T = TypeVar("T")
 
 _SLICE_BYTES = 32 * 1024**2  # of float32 rows of a dense matrix in memory at a time
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "additional_chat_templates/*.jinja")
-_RAW_CODECS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_KEPT_CODECS = {RAW_DTYPES[codec]: codec for codec in ("bf16", "fp16")}
 
 
-def convert(
-    src: str | Path,
-    out: Path,
-    expert_bits: int = 4,
-    dense_bits: int = 8,
-    force: bool = False,
-    progress: Progress | None = None,
-    trust_remote_code: bool = False,
-) -> Path:
-    """Write the checkpoint `src` (a directory or hub id) as a store at `out`, and return `out`.
-
-    expert_bits: 4 (nested INT4/INT2), 16 (bf16 or fp16 as they are) or 32. dense_bits: 4, 8, or 16 to pack nothing.
-    trust_remote_code: run the model's own code where it comes with the checkpoint; the store keeps it.
-    progress: called with (bytes written, bytes in all, what was written last). Stopping at any moment, by `kill -9`
-    too, leaves `OUT.partial`, which the same call resumes.
-
-    Raises UsageError, ModelNotFoundError, NotMoEError, UnsupportedModelError, OutputExistsError, CheckpointError or
-    DiskFullError.
-    """
-    if expert_bits not in EXPERT_BITS or dense_bits not in DENSE_BITS:
-        raise UsageError(
-            f"expert_bits={expert_bits}, dense_bits={dense_bits}: choose expert_bits from {EXPERT_BITS} and dense_bits "
-            f"from {DENSE_BITS}"
-        )
-    out = Path(out).expanduser()
-    out = out.resolve() if out.is_symlink() else out
-    if out.exists() and not force:
-        raise OutputExistsError(out)
-    if out.exists() and not is_store(out):
-        raise UsageError(f"{out} exists and is not a store, so it is not replaced: choose another OUT or move it away")
-    path = resolve_source(src)
-    with open_checkpoint(path) as checkpoint:
-        conversion = _Conversion(checkpoint, expert_bits, dense_bits, trust_remote_code)
-        with StoreWriter(out, conversion.plan, force=force) as writer:
-            conversion.run(writer, progress or (lambda done, total, what: None))
-            return writer.finalize()
-
-
-class _Conversion:
+class Conversion:
     """The plan of one conversion, and its execution item by item."""
 
     def __init__(self, checkpoint: Checkpoint, expert_bits: int, dense_bits: int, trust_remote_code: bool) -> None:
@@ -180,7 +133,7 @@ class _Conversion:
         if expert_bits != 16:
             return {4: "int4", 32: "fp32"}[expert_bits]
         dtypes = {self._recipes[name].dtype for name in self._stacked}
-        if len(dtypes) == 1 and (codec := _RAW_CODECS.get(next(iter(dtypes)))):
+        if len(dtypes) == 1 and (codec := _KEPT_CODECS.get(next(iter(dtypes)))):
             return codec
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise UsageError(f"expert_bits=16 keeps bfloat16 or float16 experts as they are, not {names}: choose 4 or 32")
@@ -208,64 +161,10 @@ def one_ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
             yield coming.result()
 
 
-def read_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The checkpoint's config with its dtype settled as `from_pretrained` does: the config's, else the weights'."""
-    config = transformers_config(checkpoint.path, trust_remote_code)
-    for part in (config, config.get_text_config()):
-        part.__dict__.pop("quantization_config", None)  # its weights come dequantized
-    text = config.get_text_config()
-    dtype = text.dtype or config.dtype or _first_float_dtype(checkpoint)
-    config.dtype = text.dtype = dtype
-    return config
-
-
-def transformers_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """config.json of a checkpoint or store as transformers reads it.
-
-    Raises ModelNotFoundError where there is none, CheckpointError where it is damaged, UnsupportedModelError where
-    transformers does not know the model type.
-    """
-    from_gguf = is_gguf(path)
-    model_type = None if from_gguf else read_checkpoint_config(path).get("model_type")
-    try:
-        if from_gguf:
-            return cast(PreTrainedConfig, gguf_config(path))
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        if model_type in CONFIG_MAPPING:
-            raise CheckpointError(
-                f"{path}/config.json is not a valid config of model type {model_type!r} ({reason}): download it again"
-            ) from error
-        if from_gguf or "auto_map" not in read_checkpoint_config(path):
-            fix = "use a model that it supports"
-        elif trust_remote_code:
-            fix = f"the code that comes with it does not run with it ({reason})"
-        else:
-            fix = "its code comes with the checkpoint: pass trust_remote_code (--trust-remote-code) if you trust it"
-        raise UnsupportedModelError(
-            f"{path} has model type {model_type!r}, which the installed transformers does not know: {fix}"
-        ) from error
-
-
-def copied_files(path: Path, code: bool = False) -> dict[str, bytes]:
-    """The tokenizer's, generation's and licence files of a checkpoint, and its code: relative name -> content."""
-    if is_gguf(path):
-        return gguf_tokenizer_files(path)
-    files = {file for pattern in (*_COPIED, *(["*.py"] if code else [])) for file in path.glob(pattern)}
-    names = sorted(file.relative_to(path).as_posix() for file in files if file.is_file())
-    return {name: (path / name).read_bytes() for name in names if not name.endswith(".index.json")}
-
-
 def _fingerprint(checkpoint: Checkpoint, expert_bits: int, dense_bits: int) -> str:
     """Identifies the source and everything that decides the store's bytes."""
     parts = [checkpoint.fingerprint(), FORMAT_VERSION, expert_bits, dense_bits]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _first_float_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    dtypes = (checkpoint.dtype(key) for key in sorted(checkpoint.keys()))
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from fate.convert.checkpoint import Checkpoint
+from fate.convert.quantized.mxfp4 import unpack_fp4
+from fate.convert.quantized.virtual import Virtual, model_dtype
 from fate.errors import CheckpointError
-from fate.store.checkpoint import Checkpoint
-from fate.store.quantized.mxfp4 import unpack_fp4
-from fate.store.quantized.virtual import Virtual, model_dtype
 
 _SUFFIXES = ("_scale_inv", "_scale")
 _UNUSED = ("activation_scale", "input_scale")

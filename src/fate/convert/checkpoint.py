@@ -24,6 +24,8 @@ import torch
 
 from fate.errors import CheckpointError, ModelNotFoundError
 from fate.fileio import drop_cache
+from fate.models.config import read_checkpoint_config
+from fate.store.dtypes import DTYPES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,25 +33,6 @@ _MAX_HEADER_BYTES = 100 * 1000 * 1000  # the safetensors specification's own lim
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
 _DO_NOT_DOWNLOAD = ["consolidated*", "original/*", "onnx/*", "metal/*"]
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-SAFETENSORS_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -193,21 +176,6 @@ class Checkpoint:
         return buffer.view(location.dtype)
 
 
-def read_checkpoint_config(path: Path) -> dict[str, Any]:
-    """config.json as it is; ModelNotFoundError where there is none, CheckpointError where it is no JSON object."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise ModelNotFoundError(
-            f"{path} has no config.json: give the directory of a Hugging Face checkpoint, or a hub id"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}/config.json is not valid JSON ({error}): download it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}/config.json is not a JSON object: download it again")
-    return config
-
-
 def resolve_source(model: str | Path) -> Path:
     """The local directory, or GGUF file, of `model`: itself if it is one, else the hub's, downloaded if need be.
 
@@ -266,9 +234,9 @@ def _parse_header(shard: Path, header: bytes) -> dict[str, _Location]:
 def _locate(shard: Path, data: int, tensors: dict[str, Any]) -> Iterator[tuple[str, _Location]]:
     for key, entry in tensors.items():
         begin, end = entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise ValueError(f"{key} has dtype {entry['dtype']!r}")
-        location = _Location(shard, data + begin, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        location = _Location(shard, data + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
         if begin < 0 or any(size < 0 for size in location.shape) or end - begin != location.nbytes:
             raise ValueError(f"{key} spans {begin}:{end} for shape {list(location.shape)}")
         yield key, location

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fate.quant.packing import order, pack_plane, restore, unpack_plane
+from fate.store.packing import order, pack_plane, restore, unpack_plane
 
 ALL_COLS = [64, 128, 192, 256, 320, 704, 768, 1408, 2048, 2880, 3008]
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fate
-from fate.conversion import convert
+from fate.convert import convert
+from fate.convert.quantized.gguf import gguf_config
 from fate.errors import CheckpointError, UnsupportedModelError
-from fate.store.quantized.gguf import gguf_config
 from tiny import tiny_model
 
 gguf = pytest.importorskip("gguf", reason="pip install fate-moe[gguf]")

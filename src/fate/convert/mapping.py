@@ -30,9 +30,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from fate.convert.checkpoint import Checkpoint
 from fate.errors import CheckpointError, UnsupportedModelError
 from fate.models.adapters import adapt
-from fate.store.checkpoint import Checkpoint
 
 Reader = Callable[[str], torch.Tensor]
 _COMPARE_BYTES = 32 * 1024**2

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fate.convert import hqq
 from fate.kernels import native
-from fate.quant import hqq
-from fate.quant.packing import order, pack_plane
+from fate.store.dtypes import RAW_DTYPES
 from fate.store.format import GROUP, MatrixSpec, RecordLayout, Section, padded_cols
+from fate.store.packing import order, pack_plane
 
-_RAW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _BLOCK_WEIGHTS = 1 << 18  # weights quantized at a time: bounds the temporaries to a few MB
 # Scales and offsets of weights in [-1, 1] are stored times 2^HEADROOM: far from both ends of float16's range.
 _HEADROOM = 13
@@ -35,7 +35,7 @@ def encode_record(matrices: Mapping[str, Tensor], layout: RecordLayout) -> Tenso
             found = None if matrix is None else tuple(matrix.shape)
             raise ValueError(f"matrix {spec.name} has shape {found}: the layout needs [{spec.rows}, {spec.cols}]")
         if layout.is_raw:
-            raw = matrix.to(_RAW_DTYPES[layout.codec]).contiguous().view(torch.uint8).flatten()
+            raw = matrix.to(RAW_DTYPES[layout.codec]).contiguous().view(torch.uint8).flatten()
             record[section.high : section.high + raw.numel()] = raw
         else:
             constants = _quantize_into(record, matrix, spec, section, layout.codec)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fate.store.checkpoint import Checkpoint
-from fate.store.quantized.virtual import Virtual, model_dtype, require_bits, unpack_int32
+from fate.convert.checkpoint import Checkpoint
+from fate.convert.quantized.virtual import Virtual, model_dtype, require_bits, unpack_int32
 
 BITS = (2, 4, 8)
 

@@ -5,7 +5,7 @@ error's p-norm: the error is shrunk by the proximal operator of |.|^p, and the o
 a mean. The best iterate is kept per group (the published code stops all groups together), so a group's result does
 not depend on what else is quantized with it.
 
-This file is the meaning, in torch; `fate.quant.nested` runs the compiled version of the same steps where it can.
+This file is the meaning, in torch; `fate.convert.encode` runs the compiled version of the same steps where it can.
 
 >>> codes, scale, offset = solve(torch.randn(1000, 64))
 """

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from fate.convert.checkpoint import Checkpoint
+from fate.convert.quantized import awq, fp8, gptq, mxfp4
+from fate.convert.quantized.gguf import GgufCheckpoint, is_gguf
+from fate.convert.quantized.virtual import Virtual
 from fate.errors import UnsupportedModelError
-from fate.store.checkpoint import Checkpoint, read_checkpoint_config
-from fate.store.quantized import awq, fp8, gptq, mxfp4
-from fate.store.quantized.gguf import GgufCheckpoint, is_gguf
-from fate.store.quantized.virtual import Virtual
+from fate.models.config import read_checkpoint_config
 
 Scheme = Callable[[Checkpoint, dict[str, Any]], dict[str, Virtual]]
 

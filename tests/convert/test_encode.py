@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fate.convert.encode import encode_record, quantize_matrix
 from fate.core import Precision
 from fate.kernels import native
 from fate.kernels.reference import dequantize
-from fate.quant.nested import encode_record, quantize_matrix
-from fate.quant.packing import unpack_plane
 from fate.store.format import MatrixSpec, RecordLayout
+from fate.store.packing import unpack_plane
 from packed_records import expert_layout, matrix_layout, relative_error
 
 SHAPES = [(1, 64), (5, 100), (64, 192), (33, 1408), (300, 704), (2, 36)]

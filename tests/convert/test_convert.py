@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import logging
 import os
@@ -20,18 +19,17 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fate.conversion import convert
+from fate.convert import conversion, convert
+from fate.convert.encode import encode_record, quantize_matrix
 from fate.errors import (
     DiskFullError,
     OutputExistsError,
 )
-from fate.quant.nested import encode_record, quantize_matrix
 from fate.store.format import CHECKSUM_BYTES, CONSTANTS_BYTES, MatrixSpec, RecordLayout, StoreHeader
 from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE, StoreReader
 from fate.store.writer import StoreWriter
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_model
 
-_MODULE = importlib.import_module("fate.conversion")  # the attribute of that name is the function
 _PATHS = {"PYTHONPATH": os.pathsep.join(sys.path)}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GPT_OSS = {
@@ -155,7 +153,7 @@ def test_a_matrix_packed_in_slices_has_the_codes_of_the_whole(
     dense_bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny_checkpoint("qwen2_moe")
-    monkeypatch.setattr(_MODULE, "_SLICE_BYTES", 10_000)
+    monkeypatch.setattr(conversion, "_SLICE_BYTES", 10_000)
     store = convert(source, tmp_path / "out", dense_bits=dense_bits)
     state = AutoModelForCausalLM.from_pretrained(source).state_dict()
     packed = load_file(store / PACKED_FILE)
@@ -269,7 +267,7 @@ def test_progress_covers_all_bytes_and_an_interrupt_can_be_resumed(
         if done > total // 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_MODULE, "encode_record", counting)
+    monkeypatch.setattr(conversion, "encode_record", counting)
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, progress=interrupt)
     before = len(encoded)
@@ -288,7 +286,7 @@ def test_progress_covers_all_bytes_and_an_interrupt_can_be_resumed(
 _KILLED = """
 import os, random, signal, sys
 from pathlib import Path
-from fate.conversion import convert
+from fate.convert import convert
 from fate.store import writer
 
 rng, real = random.Random(int(sys.argv[3])), os.pwrite
@@ -383,7 +381,7 @@ def test_a_disk_too_small_is_refused_before_writing(tmp_path: Path, monkeypatch:
 _MEASURED = """
 import sys
 from pathlib import Path
-from fate.conversion import convert
+from fate.convert import convert
 
 convert(sys.argv[1], Path(sys.argv[2]))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

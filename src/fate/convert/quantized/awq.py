@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from fate.convert.checkpoint import Checkpoint
+from fate.convert.quantized.virtual import Virtual, model_dtype, require_bits, unpack_int32
 from fate.errors import UnsupportedModelError
-from fate.store.checkpoint import Checkpoint
-from fate.store.quantized.virtual import Virtual, model_dtype, require_bits, unpack_int32
 
 _FIELD_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
 

@@ -11,7 +11,7 @@ from fate.kernels import native
 
 @pytest.fixture(params=["compiled", "torch"])
 def quantizer(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Which implementation `fate.quant.nested` uses during the test."""
+    """Which implementation `fate.convert.encode` uses during the test."""
     if request.param == "compiled" and native.available() == ("torch",):
         pytest.skip("the compiled extension is missing")
     before = native.active().name

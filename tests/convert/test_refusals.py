@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fate.conversion import convert
+from fate.convert import convert
 from fate.errors import (
     CheckpointError,
     FateError,

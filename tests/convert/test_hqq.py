@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fate.quant import hqq
+from fate.convert import hqq
 
 
 def restored(solution: tuple[Tensor, Tensor, Tensor]) -> Tensor:

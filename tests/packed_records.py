@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fate.core import Precision
-from fate.kernels.reference import RAW_DTYPES
+from fate.store.dtypes import RAW_DTYPES
 from fate.store.format import GROUP, MatrixSpec, RecordLayout, padded_cols
 
 DEPTHS = [("int4", Precision.FULL), ("int4", Precision.INT2), ("int8", Precision.FULL)]

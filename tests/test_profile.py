@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fate
-from fate import profile as profile_module
+from fate import fileio
 from fate.cache import ALLOCATIONS, SlotRequest
 from fate.core import Precision
 from fate.errors import UsageError
@@ -213,7 +213,7 @@ def test_a_write_that_fails_leaves_the_old_profile_and_nothing_else(store, heade
         raise OSError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(profile_module.os, "replace", refuse)
+        patch.setattr(fileio.os, "replace", refuse)
         with pytest.raises(OSError, match="no"):
             write_profile(replace(valid, link_bytes_per_s=1.0), store)
     assert read_profile(store, header).profile == valid
@@ -221,14 +221,14 @@ def test_a_write_that_fails_leaves_the_old_profile_and_nothing_else(store, heade
 
 
 def test_a_store_that_cannot_be_written_has_its_profile_in_the_cache(store, header, valid, tmp_path, monkeypatch):
-    real = profile_module.tempfile.NamedTemporaryFile
+    real = fileio.tempfile.NamedTemporaryFile
 
     def read_only(*args, **kwargs):
         if kwargs["dir"] == store:
             raise PermissionError(13, "denied")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(profile_module.tempfile, "NamedTemporaryFile", read_only)
+    monkeypatch.setattr(fileio.tempfile, "NamedTemporaryFile", read_only)
     path = write_profile(valid, store)
     assert path == tmp_path / "cache" / "profiles" / f"{header.fingerprint}.json"
     assert read_profile(store, header).profile == valid

@@ -14,8 +14,8 @@ from fate.errors import OutputExistsError, UnknownNameError, UsageError
 from fate.kernels import SWIGLU
 from fate.models.activation import recognise
 from fate.models.adapter import build_meta_model, find_moe_layers
-from fate.quant.packing import restore, unpack_plane
 from fate.store.format import GROUP, RecordLayout, padded_cols
+from fate.store.packing import restore, unpack_plane
 from fate.store.plan import packed_layout
 from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE, StoreReader
 from fate.store.tensorfile import TensorEntry

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fate
-from fate.conversion import convert
+from fate.convert import convert
 from fate.errors import DiskFullError, OutputExistsError, UnknownNameError, UsageError
 from fate.synth import MODELS, synth
 from fate.synth_checkpoint import synth_checkpoint

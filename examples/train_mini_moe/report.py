@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import fate
 from fate.cache import POLICIES
-from fate.conversion import convert
+from fate.convert import convert
 from fate.engine.session import FateModel
 from fate.evaluate import perplexity
 from fate.sim.belady import belady_misses

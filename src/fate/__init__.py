@@ -8,30 +8,13 @@ Importing fate also registers its store format with transformers, so that
 `fate.load` reads weights meanwhile, and the format is registered once transformers is imported.
 """
 
-from typing import TYPE_CHECKING, Any
-
+from fate.convert import convert
 from fate.errors import FateError
 from fate.loading import load
 from fate.registration import register_with_transformers
 from fate.systems import SYSTEMS, System
 
-if TYPE_CHECKING:
-    from fate.conversion import convert
-
 __version__ = "0.1.0"
 __all__ = ["SYSTEMS", "FateError", "System", "convert", "load"]
 
 register_with_transformers()
-
-
-def __getattr__(name: str) -> Any:
-    if name != "convert":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fate.conversion import convert
-
-    globals()[name] = convert
-    return convert
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), "convert"})

@@ -16,9 +16,10 @@ import torch
 
 from fate import kernels
 from fate.errors import UsageError
+from fate.fileio import anonymous_memory
 from fate.kernels import native
-from fate.memory import MIB, available_bytes, cgroup_limit_bytes, format_bytes
-from fate.store.files import anonymous_memory
+from fate.plan.machine import available_bytes, cgroup_limit_bytes
+from fate.units import MIB, format_bytes
 
 _PACKAGES = ("fate-moe", "torch", "transformers", "safetensors", "huggingface_hub", "hqq")
 _FUSED = (

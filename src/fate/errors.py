@@ -1,7 +1,7 @@
 """One typed error per way a user can be wrong or a machine can fail.
 
-Every message is one line that names the value, what is allowed and the fix. `exit_code` is what the command line
-returns: 2 for a wrong request, 1 for a failure while carrying out a right one.
+Every message is one line that names the value, what is allowed and the fix; sizes come as text (`fate.units`).
+`exit_code` is what the command line returns: 2 for a wrong request, 1 for a failure while carrying out a right one.
 """
 
 from __future__ import annotations
@@ -63,13 +63,10 @@ class LinkSpeedError(UsageError):
 class LinkMemoryError(UsageError):
     """An emulated link moves from memory, which cannot hold all experts."""
 
-    def __init__(self, needed_bytes: int, free_bytes: int) -> None:
-        from fate.memory import format_bytes
-
+    def __init__(self, needed: str, free: str) -> None:
         super().__init__(
-            f"an emulated link keeps all experts in memory, which takes {format_bytes(needed_bytes)}, and "
-            f"{format_bytes(free_bytes)} are free: leave the link out (experts then come from the disk) or use a "
-            "smaller store"
+            f"an emulated link keeps all experts in memory, which takes {needed}, and {free} are free: leave the link "
+            "out (experts then come from the disk) or use a smaller store"
         )
 
 
@@ -83,25 +80,18 @@ class MissingPackageError(UsageError):
 class BudgetTooLargeError(UsageError):
     """More than this machine (or its cgroup) has free."""
 
-    def __init__(self, planned_bytes: int, available_bytes: int) -> None:
-        from fate.memory import format_bytes, format_memory_argument
-
-        super().__init__(
-            f"the plan needs {format_bytes(planned_bytes)} and {format_bytes(available_bytes)} are free: "
-            f"give a budget of at most {format_memory_argument(available_bytes)}"
-        )
+    def __init__(self, planned: str, available: str, largest: str) -> None:
+        super().__init__(f"the plan needs {planned} and {available} are free: give a budget of at most {largest}")
 
 
 class BudgetTooSmallError(UsageError):
     """`smallest_bytes` is the smallest budget that fits this model and envelope."""
 
-    def __init__(self, budget_bytes: int, smallest_bytes: int, detail: str) -> None:
-        from fate.memory import format_bytes, format_memory_argument
-
+    def __init__(self, budget: str, smallest_bytes: int, smallest: str, detail: str) -> None:
         self.smallest_bytes = smallest_bytes
         super().__init__(
-            f"a budget of {format_bytes(budget_bytes)} is too small ({detail}): the smallest that works is "
-            f"{format_memory_argument(smallest_bytes)} for this context and batch"
+            f"a budget of {budget} is too small ({detail}): the smallest that works is {smallest} for this context and "
+            "batch"
         )
 
 

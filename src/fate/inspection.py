@@ -7,15 +7,16 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fate.conversion import read_config, transformers_config
+from fate.convert.quantized import open_checkpoint
+from fate.convert.source import read_config
 from fate.core import Envelope
-from fate.engine import planning
 from fate.engine.experts import EXPERTS_FUNCTION
-from fate.memory import DEFAULT_PREFILL_CHUNK, Needs
 from fate.models.adapter import MoELayer, build_meta_model, find_moe_layers
+from fate.models.config import transformers_config
 from fate.models.packable import packable
+from fate.plan import needs as planning
+from fate.plan.budget import DEFAULT_PREFILL_CHUNK, Needs
 from fate.store.format import LayerSpec, MatrixSpec, RecordLayout, StoreHeader
-from fate.store.quantized import open_checkpoint
 from fate.store.reader import StoreReader, is_store
 
 

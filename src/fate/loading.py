@@ -17,21 +17,12 @@ from typing import TYPE_CHECKING, cast
 
 from fate.directories import cache_directory
 from fate.errors import OutputExistsError, StoreError, UsageError
-from fate.memory import (
-    DEFAULT_PREFILL_CHUNK,
-    MIB,
-    MemoryPlan,
-    available_bytes,
-    default_budget,
-    format_bytes,
-    parse_experts,
-    parse_memory,
-    resident_bytes,
-)
+from fate.plan.budget import DEFAULT_PREFILL_CHUNK, MemoryPlan, PlanRow, default_budget
+from fate.plan.machine import available_bytes, resident_bytes
 from fate.store.ahead import DenseWeights
 from fate.store.files import PACKED_FILE, is_store, read_config
 from fate.systems import EXACT, System, resolve_system
-from fate.transfer.link import parse_link
+from fate.units import MIB, format_bytes, parse_experts, parse_link, parse_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,8 +120,8 @@ def read_ahead(model: str | os.PathLike[str], memory: str | int | None) -> Itera
 
 
 def _load(store: Path, options: LoadOptions, trust_remote_code: bool) -> FateModel:
-    from fate.conversion import transformers_config
     from fate.models.auto import auto_class
+    from fate.models.config import transformers_config
 
     stored = read_config(store)["quantization_config"]
     config = transformers_config(store, trust_remote_code)
@@ -161,8 +152,8 @@ def ensure_store(
     """The store of `model`: itself, or its checkpoint converted (once, with the default options) into the cache."""
     if is_store(path := Path(model).expanduser()):
         return path
-    from fate.conversion import convert
-    from fate.store.checkpoint import resolve_source
+    from fate.convert import convert
+    from fate.convert.checkpoint import resolve_source
 
     source = resolve_source(os.fspath(model))
     name = Path(model).name  # a hub id's last part; the snapshot directory it resolves to is called by a hash
@@ -177,9 +168,9 @@ def ensure_store(
 
 def _identity(source: Path, trust_remote_code: bool) -> str:
     """What a cached store is known by: its format, the checkpoint, and the tokenizer and other files kept beside it."""
-    from fate.conversion import copied_files
+    from fate.convert.quantized import open_checkpoint
+    from fate.convert.source import copied_files
     from fate.store.format import FORMAT_VERSION
-    from fate.store.quantized import open_checkpoint
 
     with open_checkpoint(source) as checkpoint:
         digest = hashlib.sha256(f"{FORMAT_VERSION} {checkpoint.fingerprint()}".encode())
@@ -207,6 +198,6 @@ def load_tokenizer(store: Path) -> PreTrainedTokenizerBase:
 
 def print_plan(plan: MemoryPlan, system: System) -> None:
     """The plan as plain text on standard error."""
-    rows = [*plan.rows(), ("total", plan.total, f"of {format_bytes(plan.budget)}")]
-    lines = [f"{name:<14}{format_bytes(size):>12}  {note}" for name, size, note in rows]
+    rows = [*plan.rows(), PlanRow("total", plan.total, f"of {format_bytes(plan.budget)}")]
+    lines = [f"{row.name:<14}{format_bytes(row.num_bytes):>12}  {row.note}" for row in rows]
     print(f"system {system.name}", *lines, sep="\n", file=sys.stderr)

@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import re
-import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ import torch
 from fate import kernels
 from fate.core import Precision
 from fate.directories import cache_directory
+from fate.fileio import replace_file
 from fate.store.format import StoreHeader
 from fate.store.reader import EXPERTS_FILE
 
@@ -196,10 +196,12 @@ def write_profile(profile: Profile, store: Path) -> Path:
     beside, cached = _places(store, profile.fingerprint)
     text = json.dumps(profile.to_json(), indent=1) + "\n"
     try:
-        return _replace(beside, text)
+        replace_file(beside, text)
+        return beside
     except OSError:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        return _replace(cached, text)
+        replace_file(cached, text)
+        return cached
 
 
 def why_stale(profile: Profile, header: StoreHeader, machine: Machine) -> str:
@@ -245,19 +247,6 @@ def _decode(raw: dict[str, Any]) -> Profile:
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _replace(path: Path, text: str) -> Path:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    return path
 
 
 def _processor() -> str:

@@ -20,7 +20,7 @@ import torch
 from fate.core import Envelope, ExpertKey, Precision
 from fate.engine.session import FateModel, Session
 from fate.errors import UsageError
-from fate.memory import MemoryPlan
+from fate.plan.budget import MemoryPlan
 from fate.profile import LayerProfile, Machine, Profile
 from fate.sim.curves import lru_miss_curves
 from fate.store.format import RecordLayout, StoreHeader

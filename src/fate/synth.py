@@ -27,10 +27,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from fate.conversion import DENSE_BITS, Progress, copied_files
+from fate.convert import DENSE_BITS, Progress
+from fate.convert.mapping import parameter_dtypes
+from fate.convert.source import copied_files
 from fate.errors import UnknownNameError, UsageError
 from fate.models.adapter import build_meta_model, find_moe_layers
-from fate.models.mapping import parameter_dtypes
 from fate.models.packable import packable, packed_ties
 from fate.store.format import CONSTANTS_BYTES, FORMAT_VERSION, GROUP, LayerSpec, RecordLayout, StoreHeader, padded_cols
 from fate.store.plan import StorePlan, plan_store

@@ -22,15 +22,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from fate.conversion import Progress
+from fate.convert import Progress
+from fate.convert.checkpoint import INDEX_FILE
+from fate.convert.mapping import parameter_dtypes
 from fate.errors import DiskFullError, OutputExistsError, UsageError
-from fate.memory import MIB, format_bytes
+from fate.fileio import drop_cache
 from fate.models.adapter import build_meta_model
-from fate.models.mapping import parameter_dtypes
-from fate.store.checkpoint import INDEX_FILE
 from fate.store.tensorfile import TensorEntry, TensorFileLayout
 from fate.synth import Noise, pair_tokenizer, synth_config
 from fate.synth_routing import ROUTINGS, STD, UniformRouting
+from fate.units import MIB, format_bytes
 
 SHARD_BYTES = 4 * 10**9
 _SYNC_BYTES = 64 * MIB
@@ -147,8 +148,7 @@ class _ShardWriter:
 
     def _sync(self) -> None:
         os.fdatasync(self._file)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_cache(self._file)
         self._dirty_bytes = 0
 
     def __enter__(self) -> _ShardWriter:

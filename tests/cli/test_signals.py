@@ -24,7 +24,7 @@ MINI = Path(__file__).resolve().parents[2] / "assets" / "mini-moe"
 # One process imports fate, which takes seconds, and forks for every job: a line in, "pid" and then "exit code" out.
 FORKS = """
 import json, os, signal, sys
-import fate.cli.conversation, fate.conversion
+import fate.cli.conversation, fate.convert.conversion
 from fate.cli.app import main
 
 for line in sys.stdin:

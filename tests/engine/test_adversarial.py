@@ -5,7 +5,7 @@ import torch
 
 import fate
 from engine_support import stepwise_logits
-from fate.conversion import convert
+from fate.convert import convert
 from fate.synth import byte_tokenizer
 from tiny import tiny_model, tiny_store
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fate.memory import MIB
 from fate.synth import synth
+from fate.units import MIB
 
 RUN = """
 import json, sys, torch, fate

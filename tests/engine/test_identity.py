@@ -6,7 +6,7 @@ import torch
 import fate
 from engine_support import stepwise_logits
 from fate.cache import POLICIES
-from fate.memory import RUNTIME_SLACK_BYTES, make_plan
+from fate.plan.budget import RUNTIME_SLACK_BYTES, make_plan
 from fate.predict import PREDICTORS
 from fate.systems import ORACLES, SYSTEMS, System
 from tiny import tiny_store

@@ -1,5 +1,6 @@
 from fate.engine.slots import SlotPool
-from fate.memory import MIB, resident_bytes
+from fate.plan.machine import resident_bytes
+from fate.units import MIB
 
 
 def test_pages_become_resident_when_written_or_populated_and_go_on_close():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fate.core import Precision
 from fate.kernels import linear, native, reference
+from fate.store.dtypes import RAW_DTYPES
 from fate.store.format import GROUP
 from packed_records import DEPTHS, matrix_layout, random_record, relative_error
 
@@ -166,7 +167,7 @@ def test_activations_of_any_magnitude(kernel: str, scale: float) -> None:
 def test_raw_records_are_torchs_own_product(kernel: str, codec: str) -> None:
     layout = matrix_layout(codec, 30, 70)
     record = random_record(layout)
-    dtype = reference.RAW_DTYPES[codec]
+    dtype = RAW_DTYPES[codec]
     x, bias = torch.randn(5, 70).to(dtype), torch.randn(30).to(dtype)
     weights = record[: 30 * 70 * dtype.itemsize].view(dtype).view(30, 70)
     assert torch.equal(linear(x, record, layout, bias=bias), F.linear(x, weights, bias))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import fate
-from fate.conversion import convert
+from fate.convert import convert
 from fate.errors import UnsupportedModelError
 from fate.inspection import inspect_model
 from fate.loading import _identity

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 import fate
-from fate.conversion import convert
+from fate.convert import convert
 from fate.engine.session import FateModel
 from fate.kernels import ExpertActivation
 from fate.models.activation import recognise

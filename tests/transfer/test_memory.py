@@ -15,11 +15,12 @@ import pytest
 from cli_support import copied, flip
 from fate.core import ExpertKey
 from fate.errors import ChecksumError, LinkMemoryError, LinkSpeedError
+from fate.fileio import Progress
 from fate.store.reader import EXPERTS_FILE, StoreReader
 from fate.transfer import memory
-from fate.transfer.link import HANDOFF_S, MAX_LATE_S, Link, parse_link
+from fate.transfer.link import HANDOFF_S, MAX_LATE_S, Link
 from fate.transfer.memory import MemoryRecords, PacedMemorySource
-from fate.transfer.scheduler import Progress
+from fate.units import parse_link
 from tiny import tiny_store
 
 MIB = 1 << 20

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fate.errors import UsageError
-from fate.memory import parse_experts
 from fate.systems import ORACLES, System, resolve_system
-from fate.transfer.link import parse_link
+from fate.units import parse_experts, parse_link
 
 if TYPE_CHECKING:
     from fate.bench.prompts import Request

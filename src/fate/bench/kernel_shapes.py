@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fate.conversion import transformers_config
 from fate.errors import UnknownNameError
+from fate.models.config import transformers_config
 from fate.store.format import MatrixSpec, RecordLayout
 from fate.store.reader import StoreReader, read_config
 

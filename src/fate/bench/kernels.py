@@ -25,10 +25,10 @@ from fate.bench.kernel_shapes import Linear, ModelShape
 from fate.core import Precision
 from fate.diagnosis import memory_read_gb_per_s
 from fate.kernels import reference
-from fate.memory import GIB, MIB
 from fate.store.format import RecordLayout
 from fate.store.plan import packed_layout
 from fate.synth import Noise
+from fate.units import GIB, MIB
 
 TOKENS = (1, 4, 16, 64, 512)
 _DEPTHS = {"INT4": ("int4", Precision.FULL), "INT2": ("int4", Precision.INT2), "INT8": ("int8", Precision.FULL)}

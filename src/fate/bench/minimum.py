@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fate.cache import ALLOCATIONS, SlotRequest
-from fate.engine import planning
 from fate.engine.session import FateModel
+from fate.plan import needs as planning
 from fate.sim.belady import belady_misses
 from fate.store.format import StoreHeader
 from fate.trace import RoutingTrace, TraceStep

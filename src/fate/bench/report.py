@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
@@ -20,7 +18,8 @@ from fate.bench.quality import Quality
 from fate.bench.region import hit_region
 from fate.bench.summary import PHASES, is_ours, system_row
 from fate.bench.systems import Cell, Measured
-from fate.memory import parse_experts
+from fate.fileio import replace_file
+from fate.units import parse_experts
 
 
 def document(
@@ -55,16 +54,7 @@ def document(
 
 def write_json(document: dict[str, Any], path: Path) -> None:
     """The whole document or, where something fails, nothing: `path` never holds half of one. Raises OSError."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        try:
-            json.dump(document, file, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    replace_file(path, json.dumps(document, sort_keys=True) + "\n")
 
 
 def describe_workload(workload: Workload) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fate.store.format import StoreHeader
 from fate.store.reader import StoreReader
 from fate.systems import System
 from fate.trace import TraceStep
-from fate.transfer.link import parse_link
+from fate.units import parse_link
 
 _WITHOUT_GUESSES = "load-on-demand"
 

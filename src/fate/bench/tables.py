@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fate.bench.region import HIT_GOAL, PERFECT_GOAL
 from fate.bench.summary import ORACLE, PHASES
-from fate.memory import format_bytes
+from fate.units import format_bytes
 
 Row = Mapping[str, Any]
 _ABSENT = "-"

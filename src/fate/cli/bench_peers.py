@@ -13,7 +13,7 @@ from rich.table import Table
 from fate.cli import options
 from fate.cli.output import byte_progress, err, out, print_json, print_table, print_words, step_progress
 from fate.errors import UnknownNameError, UsageError
-from fate.memory import parse_memory
+from fate.units import parse_memory
 
 FORMS = ("q4_1", "q4_0")
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from fate.cli import options
 from fate.cli.output import byte_progress, err, out, print_json, print_table, print_words
 from fate.errors import UsageError
-from fate.memory import format_bytes
+from fate.units import format_bytes
 
 
 def register(app: typer.Typer) -> None:

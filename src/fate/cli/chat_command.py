@@ -15,8 +15,9 @@ from fate.cli import options
 from fate.cli.output import byte_progress, err, print_error, print_plan, print_table, print_words
 from fate.errors import UsageError
 from fate.loading import ensure_store, load, load_tokenizer, read_ahead
-from fate.memory import MemoryPlan, format_bytes
+from fate.plan.budget import MemoryPlan
 from fate.systems import EXACT, System
+from fate.units import format_bytes
 
 if TYPE_CHECKING:
     from fate.cli.conversation import Conversation

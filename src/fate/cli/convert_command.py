@@ -10,7 +10,7 @@ import typer
 
 from fate.cli import options
 from fate.cli.output import byte_progress, directory_bytes, err, out
-from fate.memory import format_bytes
+from fate.units import format_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -26,8 +26,8 @@ def convert(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Convert a Hugging Face MoE checkpoint into a store, one expert at a time; safe to stop and resume."""
-    from fate.conversion import convert as convert_checkpoint
-    from fate.store.checkpoint import resolve_source
+    from fate.convert import convert as convert_checkpoint
+    from fate.convert.checkpoint import resolve_source
 
     path = resolve_source(source)
     target = output or Path(f"{_name(source, path)}.fate")

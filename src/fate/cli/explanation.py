@@ -8,7 +8,7 @@ from rich.table import Table
 from fate.cli.output import print_table, print_words
 from fate.core import StepStats
 from fate.explanation import Explanation, PhaseExplanation, format_ms, wasted_bytes
-from fate.memory import format_bytes
+from fate.units import format_bytes
 
 _TIMES = ("total", "experts", "stall", "predict")
 _RATES = ("hit rate", "recall@k", "coverage")

@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedTokenizerBase, TextStreamer
 
 from fate.engine.session import FateModel, RunStats
 from fate.errors import FateError, UsageError
-from fate.memory import format_bytes
+from fate.units import format_bytes
 
 
 @dataclass(frozen=True)

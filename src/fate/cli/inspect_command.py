@@ -14,7 +14,7 @@ from rich.table import Table
 from fate.cli import options
 from fate.cli.output import byte_progress, out, print_facts, print_json, print_table, token_progress
 from fate.errors import FateError, UsageError
-from fate.memory import format_bytes, format_memory_argument
+from fate.units import format_bytes, format_memory_argument
 
 if TYPE_CHECKING:
     from fate.similarity import LayerSimilarity
@@ -40,10 +40,10 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Family, layers, experts, bytes at each precision, bits per weight, smallest legal budget."""
+    from fate.convert.checkpoint import resolve_source
     from fate.evaluate import read_text
     from fate.inspection import inspect_model
     from fate.loading import load_tokenizer
-    from fate.store.checkpoint import resolve_source
     from fate.store.reader import is_store
 
     if text is None and max_tokens is not None:

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from fate.errors import UsageError
-from fate.memory import parse_experts, parse_memory
 from fate.systems import resolve_system, system_names
+from fate.units import parse_experts, parse_memory
 
 Model = Annotated[str, typer.Argument(help="A store, a checkpoint directory, a GGUF file or a hub id.")]
 Memory = Annotated[

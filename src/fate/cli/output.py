@@ -26,8 +26,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fate.memory import MemoryPlan, format_bytes
+from fate.plan.budget import MemoryPlan
 from fate.systems import System
+from fate.units import format_bytes
 
 # What is printed holds paths and users' words: brackets and colons in them are no markup.
 out = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -83,8 +84,8 @@ def print_plan(plan: MemoryPlan, system: System) -> None:
     table.add_column()
     table.add_column(justify="right")
     table.add_column(style="dim")
-    for name, size, note in plan.rows():
-        table.add_row(name, format_bytes(size), note)
+    for row in plan.rows():
+        table.add_row(row.name, format_bytes(row.num_bytes), row.note)
     table.add_row(Text("total", "bold"), Text(format_bytes(plan.total), "bold"), f"of {format_bytes(plan.budget)}")
     err.print(Text.assemble((f"system {system.name}", "bold"), "" if system.exact else (" (lossy)", "yellow")))
     print_table(err, table)

@@ -11,7 +11,7 @@ from fate.cli import options
 from fate.cli.output import byte_progress, err, print_json, print_plan, print_words
 from fate.errors import EmptyPromptError
 from fate.loading import ensure_store, load, load_tokenizer, read_ahead
-from fate.memory import MemoryPlan
+from fate.plan.budget import MemoryPlan
 from fate.systems import EXACT, System
 
 

@@ -9,7 +9,7 @@ import typer
 
 from fate.cli.output import byte_progress, directory_bytes, err
 from fate.errors import UsageError
-from fate.memory import format_bytes
+from fate.units import format_bytes
 
 
 def register(app: typer.Typer) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from fate.cache import ALLOCATIONS, POLICIES, ExpertCache, SlotRequest
-from fate.engine import planning
 from fate.engine.accounting import Accounting
 from fate.engine.engine import Engine
 from fate.engine.experts import LayerRuntime
@@ -22,20 +21,13 @@ from fate.engine.step import Steps
 from fate.engine.switch import PrefetchSwitch
 from fate.errors import ProfileMissingError
 from fate.kernels import native
-from fate.memory import (
-    DEFAULT_PREFILL_CHUNK,
-    MemoryPlan,
-    available_bytes,
-    check_available,
-    default_budget,
-    make_plan,
-    parse_experts,
-    parse_memory,
-)
 from fate.models import attention
 from fate.models.adapter import MoELayer
 from fate.models.decode import NativeModel
 from fate.models.gate import RouterGate
+from fate.plan import needs as planning
+from fate.plan.budget import DEFAULT_PREFILL_CHUNK, MemoryPlan, check_available, default_budget, make_plan
+from fate.plan.machine import available_bytes
 from fate.precision import PRECISIONS
 from fate.predict import PREDICTORS, PredictorContext
 from fate.profile import Profile, read_profile
@@ -43,9 +35,10 @@ from fate.store.ahead import DenseWeights
 from fate.store.reader import StoreReader
 from fate.systems import EXACT, System, resolve_system
 from fate.transfer.disk import DiskSource
-from fate.transfer.link import Link, parse_link
+from fate.transfer.link import Link
 from fate.transfer.memory import MemoryRecords, PacedMemorySource
 from fate.transfer.scheduler import Source, Transfer, TransferScheduler
+from fate.units import parse_experts, parse_link, parse_memory
 
 logger = logging.getLogger("fate")
 PREFETCHED_TOKENS = 4  # prefetches that may be staged, in units of top-k

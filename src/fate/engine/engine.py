@@ -11,7 +11,7 @@ from fate.engine.prefetch import Prefetcher
 from fate.engine.residency import Residency
 from fate.engine.slots import SlotPool
 from fate.engine.switch import PrefetchSwitch
-from fate.memory import MemoryPlan
+from fate.plan.budget import MemoryPlan
 from fate.predict import Predictor
 from fate.systems import System
 

@@ -18,14 +18,14 @@ from fate.engine.generation import check_envelope, generate_within_plan
 from fate.engine.step import PhaseTimes
 from fate.errors import ClosedError, ProfileMissingError, UsageError
 from fate.kernels import native, threads
-from fate.memory import MemoryPlan, make_plan, parse_experts, parse_memory
 from fate.models.kv_cache import planned_cache
+from fate.plan.budget import MemoryPlan, make_plan
 from fate.profile import Profile
 from fate.store.reader import StoreReader
 from fate.systems import System, resolve_system
 from fate.trace import Recorder, Timeline, TraceMeta
 from fate.trace.observer import Observer
-from fate.transfer.link import parse_link
+from fate.units import parse_experts, parse_link, parse_memory
 
 if TYPE_CHECKING:
     from fate.engine.assembly import Assembly

@@ -7,7 +7,7 @@ import mmap
 
 import torch
 
-from fate.store.files import anonymous_memory
+from fate.fileio import anonymous_memory
 
 
 class SlotPool:

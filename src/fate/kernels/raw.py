@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fate.kernels.activation import ExpertActivation
-from fate.kernels.reference import RAW_DTYPES, ExpertBiases, raw_matrix
+from fate.kernels.reference import ExpertBiases, raw_matrix
+from fate.store.dtypes import RAW_DTYPES
 from fate.store.format import RecordLayout
 
 

@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from fate.core import Precision
 from fate.kernels.activation import ExpertActivation
-from fate.quant.packing import restore, unpack_plane
+from fate.store.dtypes import RAW_DTYPES
 from fate.store.format import GROUP, RecordLayout, padded_cols
-
-RAW_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from fate.store.packing import restore, unpack_plane
 
 
 def dequantize(

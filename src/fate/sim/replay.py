@@ -1,7 +1,7 @@
 """Replays a routing trace through the cache that the runtime uses, as the runtime uses it when it loads on demand.
 
 The cache, its policies and its allocations are the runtime's own objects; only `_step` is written twice, here and in
-`runtime/lease.py`. There is no clock: every read is over before the layer that asked for it is.
+`engine/lease.py`. There is no clock: every read is over before the layer that asked for it is.
 
 >>> trace = RoutingTrace.read("olmoe.jsonl.gz")
 >>> capacities = ALLOCATIONS.get("uniform")(SlotRequest(trace.meta.num_experts, slots=512, floor=8))

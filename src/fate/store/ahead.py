@@ -17,14 +17,14 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import xxhash
 
 from fate.errors import StoreError, UsageError
-from fate.store.files import PACKED_FILE, anonymous_memory, check_tensor, open_direct, read_checksums
+from fate.fileio import anonymous_memory, drop_cache
+from fate.store.files import PACKED_FILE, check_tensor, open_past_cache, read_checksums
 from fate.store.format import PAGE_BYTES, align_up
 
 CHUNK_BYTES = 32 << 20  # a thread that wants the interpreter back while others import waits milliseconds each time
@@ -102,7 +102,7 @@ class DenseWeights:
 
     def _read(self, file: Path) -> None:
         expected = read_checksums(self.store, PACKED_FILE)
-        fd, direct = open_direct(file)
+        fd, direct = open_past_cache(file)
         try:
             first, tensors = _read_header(file)
             size = max((end for _, _, end in tensors), default=0)
@@ -124,9 +124,8 @@ class DenseWeights:
                         self._places[name] = (start, end)
                         tensor = next(waiting, None)
         finally:
-            if not direct and hasattr(os, "posix_fadvise"):
-                with suppress(OSError):
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # the plan knows one copy
+            if not direct:
+                drop_cache(fd)  # the plan knows one copy
             os.close(fd)
 
 

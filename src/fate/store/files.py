@@ -6,16 +6,13 @@ False
 
 from __future__ import annotations
 
-import errno
 import json
-import mmap
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fate.errors import ChecksumError, StoreError
-from fate.store.format import PAGE_BYTES
+from fate.fileio import open_direct
 
 EXPERTS_FILE = "experts.fate"
 DENSE_FILE = "dense.safetensors"
@@ -55,33 +52,9 @@ def check_tensor(path: Path, name: str, expected: str | None, got: int) -> None:
         raise ChecksumError(f"{path}: {name} is damaged (checksum differs): convert the checkpoint again")
 
 
-def open_direct(file: Path) -> tuple[int, bool]:
-    """A file descriptor, and whether it bypasses the page cache: where the file system allows that, it does."""
-    direct = getattr(os, "O_DIRECT", 0)
-    if direct:
-        fd = -1
-        try:
-            fd = os.open(file, os.O_RDONLY | direct)
-            _probe_direct(fd)
-            return fd, True
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise StoreError(f"{file} cannot be opened: {error.strerror}") from None
-    return os.open(file, os.O_RDONLY), False
-
-
-def anonymous_memory(size: int, *, large_pages: bool = True) -> mmap.mmap:
-    """`size` bytes of zeros that begin on a page, resident once they are written; large_pages: where the system has
-    them, which is read a sixth faster (fewer TLB misses)."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-def _probe_direct(fd: int) -> None:
-    with mmap.mmap(-1, PAGE_BYTES) as page, memoryview(page) as view:
-        os.preadv(fd, [view], 0)
+def open_past_cache(file: Path) -> tuple[int, bool]:
+    """`fileio.open_direct`, but that a file which cannot be opened is a StoreError."""
+    try:
+        return open_direct(file)
+    except OSError as error:
+        raise StoreError(f"{file} cannot be opened: {error.strerror}") from None

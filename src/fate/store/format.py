@@ -32,7 +32,7 @@ ALIGN = 64  # every section starts on a cache line
 CONSTANTS_BYTES = 64  # (gain, slope) float32 pairs, one per matrix
 CHECKSUM_BYTES = 16  # xxh64 of the INT2 prefix, xxh64 of the rest, little endian
 CODECS = ("int4", "int8", "bf16", "fp16", "fp32")
-_RAW_ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+RAW_CODECS = {"bf16": ("BF16", 2), "fp16": ("F16", 2), "fp32": ("F32", 4)}  # safetensors' name, bytes a weight
 _PREAMBLE = struct.Struct("<8sIIQ")  # magic, version, header bytes (unpadded JSON), xxh64 of the JSON
 
 
@@ -63,7 +63,7 @@ class Section:
     """Byte offsets of one matrix within a record. `low` is None unless the codec is int4; raw codecs use `high` only.
 
     high: int4: 2-bit plane [rows, padded/4]; int8: codes [rows, padded]; raw: values [rows, cols]. Codes and planes
-        are in the order that `quant/packing.py` gives.
+        are in the order that `packing.py` gives.
     affine: float16 [rows, 2, groups]: the scales `a` of a row, then its offsets `b`.
     low: int4: 2-bit plane [rows, padded/4].
     """
@@ -89,7 +89,7 @@ class RecordLayout:
 
     @property
     def is_raw(self) -> bool:
-        return self.codec in _RAW_ITEM_BYTES
+        return self.codec in RAW_CODECS
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -102,7 +102,7 @@ class RecordLayout:
             offsets, at = [], 0
             for m in self.matrices:
                 offsets.append(Section(at, at, None))
-                at = align_up(at + m.weights * _RAW_ITEM_BYTES[self.codec], ALIGN)
+                at = align_up(at + m.weights * RAW_CODECS[self.codec][1], ALIGN)
             return tuple(offsets), at, at
         high_bytes = [m.rows * padded_cols(m.cols) // (4 if self.codec == "int4" else 1) for m in self.matrices]
         affine_bytes = [m.rows * (padded_cols(m.cols) // GROUP) * 4 for m in self.matrices]

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from fate.core import ExpertKey
 from fate.errors import ChecksumError, StoreError, StoreMismatchError
+from fate.fileio import Progress, drop_cache
 from fate.kernels import native
 from fate.store import format as fmt
 from fate.store.files import (
@@ -31,11 +32,10 @@ from fate.store.files import (
     PACKED_FILE,
     check_tensor,
     is_store,
-    open_direct,
+    open_past_cache,
     read_checksums,
     read_config,
 )
-from fate.transfer.scheduler import Progress
 
 logger = logging.getLogger("fate.store")
 
@@ -163,7 +163,7 @@ def _read_header(file: Path) -> tuple[fmt.StoreHeader, bytes]:
 
 def _open_direct(file: Path) -> int:
     """A file descriptor that bypasses the page cache, or a warning that none can be had."""
-    fd, direct = open_direct(file)
+    fd, direct = open_past_cache(file)
     if not direct:
         logger.warning("%s: this file system refuses O_DIRECT; reads go through the page cache", file)
     return fd
@@ -205,9 +205,8 @@ def iter_packed(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _drop_page_cache(file: Path) -> None:
-    if hasattr(os, "posix_fadvise"):
-        fd = os.open(file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        drop_cache(fd)
+    finally:
+        os.close(fd)

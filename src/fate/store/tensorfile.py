@@ -18,7 +18,7 @@ from functools import cached_property
 
 import torch
 
-from fate.store.checkpoint import SAFETENSORS_NAMES
+from fate.store.dtypes import SAFETENSORS_NAMES
 from fate.store.format import PAGE_BYTES, align_up
 
 

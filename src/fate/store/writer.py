@@ -29,10 +29,11 @@ import torch
 import xxhash
 
 from fate.errors import DiskFullError, OutputExistsError, UsageError
-from fate.memory import MIB, format_bytes
+from fate.fileio import drop_cache
 from fate.store.format import CHECKSUM_BYTES
 from fate.store.plan import StorePlan
 from fate.store.reader import CHECKSUMS_FILE, EXPERTS_FILE, HEADER_KEY, checksum_of
+from fate.units import MIB, format_bytes
 
 _JOURNAL = "journal.jsonl"
 _SYNC_BYTES, _SYNC_S = 64 * MIB, 1.0
@@ -172,8 +173,7 @@ class StoreWriter:
         with _disk_errors(self.out, self._dirty_bytes):
             for file in self._files.values():
                 os.fdatasync(file)
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                drop_cache(file)
             lines = b"".join(_journal_line([item, self._done[item]]) for item in self._pending)
             _pwrite_all(self._journal, lines, os.fstat(self._journal).st_size)
             os.fsync(self._journal)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fate.core import ExpertKey
+from fate.fileio import Progress
 from fate.store.reader import StoreReader
-from fate.transfer.scheduler import Progress
 
 
 class DiskSource:

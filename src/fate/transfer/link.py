@@ -1,8 +1,6 @@
 """The speed of a link between two memories, and the clock that keeps it: one transfer carried after the other. Without
 torch.
 
->>> parse_link("12GB/s")
-12000000000.0
 >>> link = Link(1000.0)
 >>> link.book(500, now=10.0), link.book(500, now=10.0)  # the second waits for the first
 (10.5, 11.0)
@@ -10,31 +8,12 @@ torch.
 
 from __future__ import annotations
 
-import math
-import re
 import threading
 
-from fate.errors import LinkSpeedError
-
-_SPEED = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B/s\s*")
 # A link has a queue, so the next transfer starts when the last one ends, not when a thread has noticed that. What
 # comes within HANDOFF_S of the notice starts as if it had been queued, but never more than MAX_LATE_S in the past.
 HANDOFF_S = 150e-6
 MAX_LATE_S = 2e-3
-
-
-def parse_link(value: str | int | float) -> float:
-    """Bytes per second from "12GB/s", "1.5 GB/s", "800MB/s" (powers of ten), "1GiB/s" or a number; raises
-    LinkSpeedError for anything that is no positive speed."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        speed = float(value)
-    elif isinstance(value, str) and (match := _SPEED.fullmatch(value)) is not None and (match[2] or not match[3]):
-        speed = float(match[1]) * (1024.0 if match[3] else 1000.0) ** " KMGT".index(match[2].upper() or " ")
-    else:
-        raise LinkSpeedError(value)
-    if not math.isfinite(speed) or speed < 1:
-        raise LinkSpeedError(value)
-    return speed
 
 
 class Link:

@@ -15,12 +15,12 @@ import numpy as np
 
 from fate.core import ExpertKey
 from fate.errors import LinkMemoryError
+from fate.fileio import Progress, anonymous_memory
 from fate.kernels import native
-from fate.memory import available_bytes, resident_bytes
-from fate.store.files import anonymous_memory
+from fate.plan.machine import available_bytes, resident_bytes
 from fate.store.reader import StoreReader
 from fate.transfer.link import Link
-from fate.transfer.scheduler import Progress
+from fate.units import format_bytes
 
 _READERS = 2  # threads that fill the memory from the disk
 
@@ -38,7 +38,7 @@ class MemoryRecords:
         self.num_bytes = header.file_bytes - self._first
         free = available_bytes() - resident_bytes()
         if self.num_bytes > free:
-            raise LinkMemoryError(self.num_bytes, free)
+            raise LinkMemoryError(format_bytes(self.num_bytes), format_bytes(free))
         memory = anonymous_memory(self.num_bytes)
         self._view = memoryview(memory)
         self._fill(reader, progress)

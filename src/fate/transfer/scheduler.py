@@ -10,7 +10,6 @@ the caller's business.
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import threading
 import time
@@ -21,33 +20,9 @@ from typing import Protocol
 
 from fate.core import ExpertKey, Precision
 from fate.errors import ClosedError, FateError, TransferError
+from fate.fileio import Progress
 
 PREFETCH_CHUNK_BYTES = 1 << 20
-
-
-class Progress:
-    """What the thread that reads and the others tell each other of one read, without the interpreter's lock: two
-    int64 at `address`, `stop` and `done` (bytes). chunk_bytes: how much is read before `stop` is looked at."""
-
-    def __init__(self, chunk_bytes: int) -> None:
-        self.chunk_bytes = chunk_bytes
-        self._fields = (ctypes.c_int64 * 2)()
-        self.address = ctypes.addressof(self._fields)
-
-    @property
-    def stop(self) -> bool:
-        return self._fields[0] != 0
-
-    @stop.setter
-    def stop(self, value: bool) -> None:
-        self._fields[0] = int(value)
-
-    @property
-    def done(self) -> int:
-        return self._fields[1]
-
-    def add(self, num_bytes: int) -> None:
-        self._fields[1] += num_bytes
 
 
 class Source(Protocol):

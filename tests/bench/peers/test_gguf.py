@@ -13,9 +13,9 @@ import torch
 from fate.bench.peers import gguf_file
 from fate.bench.peers.gguf_file import GgufFile, write_gguf
 from fate.bench.peers.q4 import _q4_0, blocks
+from fate.convert.encode import quantize_matrix
 from fate.errors import UsageError
 from fate.kernels.reference import dequantize
-from fate.quant.nested import quantize_matrix
 from fate.store.format import MatrixSpec, RecordLayout
 from fate.store.plan import packed_layout
 from fate.store.reader import EXPERTS_FILE, StoreReader, iter_packed

@@ -19,7 +19,7 @@ from fate.bench.peers.gguf_file import GgufFile
 from fate.bench.peers.measurement import measure
 from fate.bench.peers.summary import document, weight_bytes_per_token
 from fate.errors import UsageError
-from fate.memory import MIB
+from fate.units import MIB
 from tiny import tiny_store
 
 QUICK = Settings(("resident", "1GiB"), (2, 1), 2, (8,), 4, 8, 2, 3)

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from fate.errors import UsageError
-from fate.memory import format_bytes
+from fate.units import format_bytes
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")

@@ -21,7 +21,8 @@ from typing import Any
 from fate.bench.peers.cgroup import MemoryGroup
 from fate.bench.peers.gguf_file import GgufFile
 from fate.errors import UsageError
-from fate.memory import parse_memory
+from fate.fileio import drop_cache
+from fate.units import parse_memory
 
 RESIDENT = "resident"
 _WORKER = Path(__file__).with_name("llama_worker.py")
@@ -178,6 +179,6 @@ def _drop_page_cache(files: Sequence[Path]) -> None:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fdatasync(file)
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                drop_cache(file)
             finally:
                 os.close(file)

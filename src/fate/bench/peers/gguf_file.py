@@ -22,9 +22,10 @@ import torch
 from safetensors import safe_open
 
 from fate.bench.peers.q4 import BLOCK, BLOCK_BYTES, blocks
-from fate.conversion import Progress, transformers_config
+from fate.convert import Progress
 from fate.core import ExpertKey
 from fate.errors import UsageError
+from fate.models.config import transformers_config
 from fate.store.plan import packed_layout
 from fate.store.reader import DENSE_FILE, StoreReader, iter_packed, read_config
 

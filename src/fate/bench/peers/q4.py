@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fate.quant.packing import unpack_plane
 from fate.store.format import GROUP, RecordLayout, padded_cols
+from fate.store.packing import unpack_plane
 
 BLOCK = 32
 BLOCK_BYTES = {"q4_1": 20, "q4_0": 18}

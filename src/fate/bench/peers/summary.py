@@ -14,7 +14,7 @@ from safetensors import safe_open
 from fate.bench.environment import environment
 from fate.bench.peers.comparison import RESIDENT, Results, Settings
 from fate.bench.peers.gguf_file import GgufFile
-from fate.conversion import transformers_config
+from fate.models.config import transformers_config
 from fate.store.reader import PACKED_FILE, StoreReader, read_config
 
 Run = dict[str, Any]

@@ -31,6 +31,7 @@ class NativeModel:
         self._step = step
         self._buffers: decode.Buffers | None = None
         self._modules: list[nn.Module] = []
+        self._experts: list[nn.Module] = []
         self._configs: list[tuple[Any, Any]] = []
         if native.extension() is None:
             return
@@ -38,9 +39,10 @@ class NativeModel:
         adopt_blocks(model, self._watch)
         adopt_layers(model, self._watch)
         self._modules = [m for m in model.modules() if isinstance(m, (NativeDecoderLayer, SparseBlock))]
+        self._experts = [layer.experts for layer in layers]
         experts = max(layer.num_experts for layer in layers)
         hidden = layers[0].matrices[0].cols if layers[0].matrices else 0
-        if self._modules and model.dtype in native.DTYPE_CODES and hidden:
+        if model.dtype in native.DTYPE_CODES and hidden:
             self._buffers = decode.Buffers(decode.MAX_ROWS, hidden, top_k, experts, model.dtype)
 
     @property
@@ -61,6 +63,8 @@ class NativeModel:
         for module in self._modules:
             module.__dict__["fate_native"] = None
         if self._buffers is not None:
+            for experts in self._experts:
+                experts.__dict__["fate_layer"].build(None, self._buffers)
             for module in self._modules:
                 module.__dict__["fate_native"] = self._built(module)
         parts = [part for module in self._modules for part in module.modules()]

@@ -147,8 +147,8 @@ def adopt_blocks(model: nn.Module, watch: Watch) -> None:
         become(module, SparseBlock, watch)
         if name == "shared_expert":
             become(module._modules["shared_expert_gate"], NativeGate, watch)  # type: ignore[arg-type]
-        for child in module._modules.values():
-            if child is not None and not isinstance(child, Watched):
+        for child in module.modules():
+            if not isinstance(child, Watched):
                 become(child, Watched, watch)
 
 

@@ -10,9 +10,9 @@ from fate.engine.backend import LayerRuntime
 from fate.engine.payoff import Payoff
 from fate.sim.belady import belady_misses
 from fate.sim.curves import lru_miss_curves
-from fate.sim.replay import CacheCounts, replay
 from fate.systems import System
 from fate.trace import RoutingTrace
+from replay_oracle import CacheCounts, replay
 from tiny import tiny_store
 
 

@@ -83,7 +83,7 @@ def main() -> None:
                         state = getattr(part, "__dict__", {})
                         if "_native" in state and not isinstance(state["_native"], Timed):
                             state["_native"] = Timed(state["_native"])
-            times = []
+            times: list[float] = []
             for at in range(options.prompt, ids.shape[1]):
                 if at == options.prompt + options.warm:
                     before = model.fate.stats().decode

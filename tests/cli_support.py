@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fate.profile import PROFILE_FILE
+from fate.plan.profile import PROFILE_FILE
 
 FAMILY = "qwen2_moe"
 

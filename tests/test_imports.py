@@ -1,71 +1,67 @@
-"""Imports go downward only: the layer table below, enforced over every module of `src/fate`.
+"""Imports go downward only, from room to room: a room is a folder of `src/fate`, or a module beside the folders.
 
-A module belongs to its longest prefix in the table, may import its own layer and every layer below it, and may not be
-imported before it has a place. Imports under `if TYPE_CHECKING` do not run and are not counted; imports inside
-functions are.
+ROOMS lists them, lowest first. A module may import its own room and those of lines before it; rooms of one line never
+import each other. So no two rooms import each other in both directions, and a new room fails until it has a place.
+Imports under `if TYPE_CHECKING` do not run and are not counted; imports inside functions are.
 """
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-# Lowest first. `fate` itself stands for the package's `__init__` alone, not for everything under it.
-LAYERS: dict[str, tuple[str, ...]] = {
-    "values": ("fate.core", "fate.errors"),
-    "foundation": ("fate.registry", "fate.units", "fate.fileio", "fate.directories"),
-    "store format": ("fate.store.format", "fate.store.files", "fate.store.ahead"),
-    "plan": ("fate.plan.budget", "fate.plan.machine"),
-    "policies": (
-        "fate.cache",
-        "fate.predict",
-        "fate.precision",
-        "fate.transfer.link",
-        "fate.transfer.scheduler",
-        "fate.trace",
-    ),
-    "simulation": ("fate.sim",),
-    "torch": ("fate.store", "fate.kernels", "fate.models", "fate.transfer"),
-    "engine": (
-        "fate.convert",
-        "fate.synth",
-        "fate.synth_routing",
-        "fate.synth_checkpoint",
-        "fate.engine",
-        "fate.plan",
-        "fate.systems",
-        "fate.diagnosis",
-        "fate.evaluate",
-        "fate.inspection",
-        "fate.profile",
-        "fate.profiling",
-        "fate.similarity",
-        "fate.explanation",
-    ),
-    "public API": ("fate", "fate.loading", "fate.registration"),
-    "front ends": ("fate.cli", "fate.server", "fate.bench"),
-}
-FIRST_TORCH_LAYER = "torch"
+# "fate" is the package's own `__init__`: the public API.
+ROOMS: tuple[tuple[str, ...], ...] = (
+    ("core", "errors", "fileio", "directories"),
+    ("units", "registry"),
+    ("trace",),
+    ("cache", "predict", "precision"),
+    ("sim", "systems"),
+    ("store",),
+    ("kernels",),
+    ("models",),
+    ("convert",),
+    ("plan",),
+    ("transfer",),
+    ("engine",),
+    ("registration", "tools"),
+    ("load",),
+    ("fate",),
+    ("bench", "server"),
+    ("cli",),
+)
+STDLIB_ONLY = (
+    "fate.core",
+    "fate.errors",
+    "fate.fileio",
+    "fate.units",
+    "fate.registry",
+    "fate.store.format",
+    "fate.store.tensorheader",
+)
 
-STDLIB_ONLY = ("fate.core", "fate.errors", "fate.registry", "fate.store.format")
+# Rooms without torch, and modules without it in rooms that have it. They import each other only. A predictor may need
+# torch or not; one that does counts with what has it, so nothing without torch can import it.
 TORCH_PACKAGES = frozenset({"torch", "transformers", "safetensors", "accelerate", "hqq"})
-
-# A predictor may be torch-free (then the simulator can run it) or not. One that imports torch counts as a module of
-# the torch layer, so nothing torch-free can import it, and a new predictor needs no entry here.
-TORCH_IF_IMPORTED = ("fate.predict",)
+TORCH_FREE = (
+    *(f"fate.{room}" for line in ROOMS[:5] for room in line),
+    "fate.store.format",
+    "fate.store.files",
+    "fate.store.tensorheader",
+    "fate.store.ahead",
+    "fate.plan.budget",
+    "fate.plan.machine",
+    "fate.transfer.link",
+    "fate.transfer.scheduler",
+)
+TORCH_BY_CHOICE = "fate.predict"
 ALWAYS_TORCH_FREE = ("fate.predict", "fate.predict.base")
-
-# Same layer, but only the engine may know both.
-STRANGERS = (("fate.cache", "fate.predict"), ("fate.predict", "fate.cache"))
-
-# Upward imports that are allowed inside a function, each with its reason.
-LAZY_UPWARD: dict[tuple[str, str], str] = {}
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
@@ -81,32 +77,22 @@ class Module:
 
 @dataclass(frozen=True)
 class Import:
-    """`target` is a dotted module (`fate.` ones resolved to the longest that exists); `lazy`: inside a function."""
+    """`target` is a dotted module (`fate.` ones resolved to the longest that exists)."""
 
     target: str
     line: int
-    lazy: bool
 
 
 class _ImportCollector(ast.NodeVisitor):
     def __init__(self, module: Module, known: frozenset[str]) -> None:
         self._module = module
         self._known = known
-        self._depth = 0
         self.found: list[Import] = []
 
     def visit_If(self, node: ast.If) -> None:
         runs = node.orelse if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING") else None
         for child in ast.iter_child_nodes(node) if runs is None else runs:
             self.visit(child)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> None:
-        self._depth += 1
-        self.generic_visit(node)
-        self._depth -= 1
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-    visit_Lambda = visit_FunctionDef
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -129,7 +115,7 @@ class _ImportCollector(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _add(self, target: str, line: int) -> None:
-        self.found.append(Import(target, line, lazy=self._depth > 0))
+        self.found.append(Import(target, line))
 
 
 def imports_of(module: Module, known: frozenset[str]) -> list[Import]:
@@ -139,61 +125,70 @@ def imports_of(module: Module, known: frozenset[str]) -> list[Import]:
 
 
 def within(name: str, prefix: str) -> bool:
-    return name == prefix or (prefix != "fate" and name.startswith(prefix + "."))
+    return name == prefix or name.startswith(prefix + ".")
 
 
-def layer_of(name: str) -> int | None:
-    """Index into LAYERS of the longest prefix of `name`, None where the table has none."""
-    places = [(len(prefix), at) for at, layer in enumerate(LAYERS.values()) for prefix in layer if within(name, prefix)]
-    return max(places)[1] if places else None
+def room_of(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def line_of(room: str) -> int | None:
+    """Index into ROOMS, None where the room has no place."""
+    return next((at for at, line in enumerate(ROOMS) if room in line), None)
 
 
 def is_torch(target: str) -> bool:
     return target.split(".")[0] in TORCH_PACKAGES
 
 
-def violations(modules: Mapping[str, Module]) -> list[str]:
-    """One line per broken rule, `importer:line: what is wrong`; empty for a sound tree."""
+def violations(modules: Mapping[str, Module], importers: Collection[str] | None = None) -> list[str]:
+    """One line per rule that one of `importers` (None: any module) breaks, `importer:line: what is wrong`."""
     known = frozenset(modules)
-    imports = {name: imports_of(module, known) for name, module in modules.items()}
-    first_torch_layer = list(LAYERS).index(FIRST_TORCH_LAYER)
-    layers: dict[str, int] = {}
+    importers = modules if importers is None else importers
+    imports = {
+        name: imports_of(module, known)
+        for name, module in modules.items()
+        if name in importers or within(name, TORCH_BY_CHOICE)
+    }
+    torch_free = {name for name in modules if _is_torch_free(name, imports.get(name, []))}
     found = []
-    for name in modules:
-        layer = layer_of(name)
-        if layer is None:
-            found.append(f"{name}: has no place in LAYERS")
+    for name in importers:
+        if line_of(room_of(name)) is None:
+            found.append(f"{name}: has no place in ROOMS")
             continue
-        by_choice = name not in ALWAYS_TORCH_FREE and any(within(name, prefix) for prefix in TORCH_IF_IMPORTED)
-        if by_choice and any(is_torch(edge.target) for edge in imports[name]):
-            layer = first_torch_layer
-        layers[name] = layer
-    for name, layer in layers.items():
         for edge in imports[name]:
-            problem = _problem(name, layer, edge, layers, torch_allowed=layer >= first_torch_layer)
+            problem = _wrong_room(name, edge.target) or _wrong_package(name, edge.target, torch_free)
             if problem:
-                found.append(f"{name}:{edge.line}: {problem}")
+                found.append(f"{name}:{edge.line}: imports {edge.target}{problem}")
     return found
 
 
-def _problem(name: str, layer: int, edge: Import, layers: Mapping[str, int], torch_allowed: bool) -> str | None:
-    """What is wrong with one import of the module `name`, or None."""
-    target = edge.target
-    if not within(target.split(".")[0], "fate"):
-        if name in STDLIB_ONLY and target.split(".")[0] not in sys.stdlib_module_names:
-            return f"imports {target}, but is standard library only"
-        return f"imports {target}, but is torch-free" if is_torch(target) and not torch_allowed else None
-    if edge.lazy and (name, target) in LAZY_UPWARD:
+def _is_torch_free(name: str, imports: list[Import]) -> bool:
+    by_choice = within(name, TORCH_BY_CHOICE) and name not in ALWAYS_TORCH_FREE
+    if by_choice and any(is_torch(edge.target) for edge in imports):
+        return False
+    return any(within(name, prefix) for prefix in TORCH_FREE)
+
+
+def _wrong_room(name: str, target: str) -> str | None:
+    room, other = room_of(name), room_of(target)
+    if not within(target, "fate") or room == other:
         return None
-    if any(within(name, one) and within(target, other) for one, other in STRANGERS):
-        return f"imports {target}: these two packages never import each other"
-    target_layer = layers.get(target, layer_of(target))
-    if target_layer is None:
-        return f"imports {target}, which has no place in LAYERS"
-    if target_layer > layer:
-        names = list(LAYERS)
-        return f"imports {target}: {names[layer]} may not import {names[target_layer]}"
-    return None
+    line, lower = line_of(room), line_of(other)
+    if lower is None:
+        return ", which has no place in ROOMS"
+    assert line is not None
+    return None if lower < line else f": {room} may not import {other}"
+
+
+def _wrong_package(name: str, target: str, torch_free: set[str]) -> str | None:
+    outside = not within(target, "fate")
+    if outside and name in STDLIB_ONLY and target.split(".")[0] not in sys.stdlib_module_names:
+        return ", but is standard library only"
+    if name not in torch_free:
+        return None
+    return ", but is torch-free" if is_torch(target) or not (outside or target in torch_free) else None
 
 
 def load_tree() -> dict[str, Module]:
@@ -213,52 +208,55 @@ def _parsed() -> tuple[Module, ...]:
 
 
 def planted(name: str, source: str) -> list[str]:
-    """The violations that `source`, added to the real tree as the module `name`, brings with it."""
-    tree = load_tree()
-    before = violations(tree)
-    tree[name] = Module(name, ast.parse(source))
-    return [line for line in violations(tree) if line not in before]
+    """What `source` breaks as the module `name` of the real tree."""
+    return violations({**load_tree(), name: Module(name, ast.parse(source))}, [name])
 
 
 def test_imports_go_downward() -> None:
     tree = load_tree()
-    assert {"fate", "fate.core", "fate.store.format", "fate.store.packing"} <= tree.keys()
+    assert {"fate", "fate.core", "fate.store.format", "fate.convert.encode"} <= tree.keys()
     assert violations(tree) == []
 
 
-def test_every_lazy_upward_import_is_still_needed() -> None:
-    tree = load_tree()
-    known = frozenset(tree)
-    needed = {(name, edge.target) for name, module in tree.items() for edge in imports_of(module, known) if edge.lazy}
-    assert needed.issuperset(LAZY_UPWARD)
+def test_every_room_but_one_to_come_is_there() -> None:
+    rooms = {room_of(name) for name in load_tree()}
+    assert {room for line in ROOMS for room in line} - rooms == {"server"}
+
+
+@pytest.mark.parametrize("name", [*STDLIB_ONLY, *TORCH_FREE, TORCH_BY_CHOICE, *ALWAYS_TORCH_FREE])
+def test_what_the_rules_name_is_there(name: str) -> None:
+    assert name in load_tree()
 
 
 @pytest.mark.parametrize(
     "name, source, complaint",
     [
-        ("fate.cache.planted", "import fate.engine", "policies may not import engine"),
-        ("fate.cache.planted", "from fate import engine", "policies may not import engine"),
-        ("fate.cache.planted", "from ..engine import x", "policies may not import engine"),
-        ("fate.cache.planted", "def f():\n    from fate import load", "policies may not import public API"),
-        (
-            "fate.kernels.planted",
-            "import importlib\nimportlib.import_module('fate.cli')",
-            "torch may not import front ends",
-        ),
-        ("fate.engine.planted", "if x:\n    import fate.cli", "engine may not import front ends"),
-        ("fate.store.format", "import fate.store", "store format may not import torch"),
-        ("fate.sim.planted", "from fate.store.packing import chunks", "simulation may not import torch"),
-        ("fate.core", "from fate.units import parse_memory", "values may not import foundation"),
-        ("fate.errors", "from fate.units import format_bytes", "values may not import foundation"),
+        ("fate.cache.planted", "import fate.engine", "cache may not import engine"),
+        ("fate.cache.planted", "from fate import engine", "cache may not import engine"),
+        ("fate.cache.planted", "from ..engine import x", "cache may not import engine"),
+        ("fate.cache.planted", "def f():\n    from fate import load", "cache may not import load"),
+        ("fate.kernels.planted", "import importlib\nimportlib.import_module('fate.cli')", "kernels may not import cli"),
+        ("fate.engine.planted", "if x:\n    import fate.cli", "engine may not import cli"),
+        ("fate.store.planted", "from fate.kernels import native", "store may not import kernels"),
+        ("fate.store.planted", "import fate.transfer.scheduler", "store may not import transfer"),
+        ("fate.models.planted", "from fate.convert.checkpoint import Checkpoint", "models may not import convert"),
+        ("fate.tools.planted", "def f():\n    from fate.load import load", "tools may not import load"),
+        ("fate.core", "from fate.units import parse_memory", "core may not import units"),
+        ("fate.errors", "def f():\n    from fate.units import format_bytes", "errors may not import units"),
+        ("fate.cache.planted", "from fate.predict import base", "cache may not import predict"),
+        ("fate.predict.planted", "import fate.cache", "predict may not import cache"),
         ("fate.core", "import numpy", "standard library only"),
+        ("fate.units", "import numpy", "standard library only"),
+        ("fate.store.format", "import numpy", "standard library only"),
         ("fate.cache.planted", "import torch.nn as nn", "is torch-free"),
         ("fate.precision.planted", "def f():\n    from transformers import AutoConfig", "is torch-free"),
         ("fate.predict.base", "import torch", "is torch-free"),
         ("fate.transfer.scheduler", "from safetensors.torch import load_file", "is torch-free"),
-        ("fate.cache.planted", "from fate.predict import base", "never import each other"),
-        ("fate.predict.planted", "import fate.cache", "never import each other"),
-        ("fate.utils", "", "has no place in LAYERS"),
-        ("fate.cli.planted", "import fate.utils", "has no place in LAYERS"),
+        ("fate.transfer.scheduler", "from fate.transfer.disk import DiskSource", "is torch-free"),
+        ("fate.store.ahead", "from fate.store.packing import order", "is torch-free"),
+        ("fate.plan.budget", "import fate.plan.needs", "is torch-free"),
+        ("fate.utils", "", "has no place in ROOMS"),
+        ("fate.cli.planted", "import fate.utils", "has no place in ROOMS"),
     ],
 )
 def test_a_planted_import_is_caught(name: str, source: str, complaint: str) -> None:
@@ -286,7 +284,4 @@ def test_nothing_torch_free_may_import_a_predictor_that_needs_torch() -> None:
     tree = load_tree()
     tree["fate.predict.planted"] = Module("fate.predict.planted", ast.parse("import torch"))
     tree["fate.sim.planted"] = Module("fate.sim.planted", ast.parse("from fate.predict.planted import X"))
-    assert violations(tree) == [
-        *violations(load_tree()),
-        "fate.sim.planted:1: imports fate.predict.planted: simulation may not import torch",
-    ]
+    assert violations(tree) == ["fate.sim.planted:1: imports fate.predict.planted, but is torch-free"]

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fate.convert import convert
-from fate.synth import byte_tokenizer
+from fate.tools.synth.store import byte_tokenizer
 
 _ATTENTION = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 259}
 _MLA = {

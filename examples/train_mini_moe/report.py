@@ -26,11 +26,11 @@ import fate
 from fate.cache import POLICIES
 from fate.convert import convert
 from fate.engine.session import FateModel
-from fate.evaluate import perplexity
 from fate.sim.belady import belady_misses
-from fate.sim.replay import replay
-from fate.similarity import measure_similarity
+from fate.tools.evaluate import perplexity
+from fate.tools.similarity import measure_similarity
 from fate.trace import RoutingTrace
+from replay_oracle import replay
 
 SHARES = (0.25, 0.5, 0.75)
 LOSS_TOKENS = 100_000  # a domain; of the shipped corpus, every held-out document

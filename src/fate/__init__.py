@@ -10,7 +10,7 @@ Importing fate also registers its store format with transformers, so that
 
 from fate.convert import convert
 from fate.errors import FateError
-from fate.loading import load
+from fate.load import load
 from fate.registration import register_with_transformers
 from fate.systems import SYSTEMS, System
 

@@ -168,7 +168,7 @@ class ProfileMissingError(UsageError):
     def __init__(self, system: str) -> None:
         super().__init__(
             f"system {system!r} goes by measured times and there is no profile of this machine and store: call "
-            "fate.loading.ensure_profile(model), or run fate profile"
+            "ensure_profile(model) of fate.load, or run fate profile"
         )
 
 

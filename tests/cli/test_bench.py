@@ -35,7 +35,7 @@ def systems(cli: Cli, text: Path, *more: object) -> Any:
 
 
 def test_text(cli: Cli, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fate.diagnosis.disk_read_gb_per_s", lambda path: (True, 2.5))
+    monkeypatch.setattr("fate.tools.diagnosis.disk_read_gb_per_s", lambda path: (True, 2.5))
     argv = ("--systems", "load-on-demand,cross-layer", *SMALL, "--experts", 6, "--json")
     result = cli("bench", "text", tiny_store(FAMILY), "--text", text, *argv)
     assert result.code == 0, result.err
@@ -175,41 +175,3 @@ def test_help_with_an_example(cli: Cli, name: str) -> None:
     result = cli("bench", name, "--help")
     assert result.code == 0
     assert f"Example: fate bench {name} " in " ".join(result.out.split())
-
-
-def test_peers(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: list[str], job: dict[str, Any], limit: int | None) -> dict[str, Any]:
-        if job.get("repack"):
-            return {"failed": "it fell over"}
-        speed = 1.0 if "repack" in job else 3.0
-        speeds = {str(threads): speed for threads in job["threads"]}
-        return {"launch_s": 1 / speed, "prefill": {str(t): speeds for t in job["prefills"]}, "decode": speeds}
-
-    monkeypatch.setattr("fate.bench.peers.comparison.run_worker", run)
-    monkeypatch.setattr("fate.bench.peers.comparison.peer_version", lambda python: "1.2.3")
-    monkeypatch.setattr("fate.diagnosis.memory_read_gb_per_s", lambda: 20.0)
-    wide = {"hidden_size": 128, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
-    store = tiny_store(FAMILY, dense_bits=4, num_hidden_layers=2, **wide)
-    folder = tmp_path / "made" / "for it"
-    argv = ("--budgets", "resident,1GiB", "--files", folder, "--threads", 2, "--json", "-")
-    result = cli("bench", "peers", store, *argv)
-    assert result.code == 0, result.err
-    assert re.search(r"^1GiB +decode +tokens/s +3\.00 .* 1\.00 .* +3\.00$", result.out, re.M)
-    assert "q4_0 repacked at resident: it fell over" in result.out
-    assert result.json["rows"][0]["ratio"] == 3.0
-    assert {path.name for path in folder.glob("*.gguf")} == {f"{store.stem}.q4_1.gguf", f"{store.stem}.q4_0.gguf"}
-
-
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--budgets", "4GiB,many"], "memory size 'many' is not valid"),
-        (["--budgets", ","], "no budget was named"),
-        (["--forms", "q4_0,q5"], "unknown GGUF form 'q5'"),
-        (["--threads", "two"], "threads 'two' is not valid"),
-        (["--peer-python", sys.executable], "has no llama-cpp-python: python -m venv peer"),
-        (["--peer-python", "/no/python"], "/no/python cannot be run"),
-    ],
-)
-def test_peers_that_cannot_be_compared(refuse: Refuse, argv: list[str], words: str) -> None:
-    assert words in refuse(2, "bench", "peers", tiny_store(FAMILY), *argv)

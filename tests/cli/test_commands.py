@@ -13,11 +13,11 @@ import pytest
 
 import fate
 from cli_support import FAMILY, Cli, copied
-from fate import synth as synth_module
 from fate.cli.app import COMMANDS
 from fate.store.reader import EXPERTS_FILE, PACKED_FILE, is_store
 from fate.store.writer import StoreWriter
 from fate.systems import EXACT, resolve_system
+from fate.tools.synth import store as synth_module
 from tiny import FAMILIES, tiny_checkpoint, tiny_store
 
 
@@ -164,8 +164,8 @@ def test_eval(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fate.diagnosis.disk_read_gb_per_s", lambda path: (True, 2.5))
-    monkeypatch.setattr("fate.diagnosis.memory_read_gb_per_s", lambda: 20.0)
+    monkeypatch.setattr("fate.tools.diagnosis.disk_read_gb_per_s", lambda path: (True, 2.5))
+    monkeypatch.setattr("fate.tools.diagnosis.memory_read_gb_per_s", lambda: 20.0)
     result = cli("doctor", "--path", tmp_path, "--json")
     assert result.code == 0, result.err
     assert re.search(r"^disk read +2\.5 GB/s$", result.out, re.M)

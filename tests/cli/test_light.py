@@ -13,7 +13,7 @@ from tiny import tiny_store
 MINI = Path(__file__).resolve().parents[2] / "assets" / "mini-moe"
 COMMANDS = [
     *([name] for name in ("run", "chat", "convert", "inspect", "eval", "profile", "doctor", "synth")),
-    *(["bench", name] for name in ("text", "systems", "kernels", "peers")),
+    *(["bench", name] for name in ("text", "systems", "kernels")),
 ]
 # Every job in a fork of a process that has imported nothing; what it imported is its exit code's business.
 JOBS = """

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from cli_support import FAMILY, Cli, Refuse, copied
-from fate import synth as synth_module
 from fate.cli.app import main
 from fate.store.reader import EXPERTS_FILE
+from fate.tools.synth import store as synth_module
 from tiny import FAMILIES, tiny_checkpoint, tiny_store
 
 
@@ -96,6 +96,6 @@ def test_a_bug_is_not_dressed_up_as_bad_luck(monkeypatch: pytest.MonkeyPatch) ->
     def broken(path: Path) -> None:
         raise AssertionError("planted")
 
-    monkeypatch.setattr("fate.diagnosis.diagnose", broken)
+    monkeypatch.setattr("fate.tools.diagnosis.diagnose", broken)
     with pytest.raises(AssertionError, match="planted"):
         main(["doctor"])

@@ -15,7 +15,7 @@ from tiny import tiny_store
 COMMANDS = """
 import sys
 sys.modules["fate.kernels.cpu._cpu"] = None
-from fate import diagnosis
+from fate.tools import diagnosis
 from fate.cli.app import main
 diagnosis.disk_read_gb_per_s = lambda path: (True, 1.0)
 for argv in (["doctor"], ["run", sys.argv[1], "Once", "--experts", "50%", "--max-new-tokens", "3"]):

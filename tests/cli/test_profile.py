@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from cli_support import FAMILY, Cli, copied
-from fate.profile import LayerProfile, Machine, Profile, read_profile, write_profile
+from fate.plan.profile import LayerProfile, Machine, Profile, read_profile, write_profile
 from fate.store.reader import StoreReader
 from tiny import tiny_store
 

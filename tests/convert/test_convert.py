@@ -259,9 +259,9 @@ def test_progress_covers_all_bytes_and_an_interrupt_can_be_resumed(
     source, out = tiny_checkpoint("olmoe"), tmp_path / "out"
     encoded = []
 
-    def counting(matrices: dict[str, torch.Tensor], layout: RecordLayout) -> torch.Tensor:
+    def counting(matrices: dict[str, torch.Tensor], layout: RecordLayout, unit: float | None = None) -> torch.Tensor:
         encoded.append(layout)
-        return encode_record(matrices, layout)
+        return encode_record(matrices, layout, unit)
 
     def interrupt(done: int, total: int, what: str) -> None:
         if done > total // 2:

@@ -6,7 +6,7 @@ import torch
 import fate
 from engine_support import stepwise_logits
 from fate.convert import convert
-from fate.synth import byte_tokenizer
+from fate.tools.synth.store import byte_tokenizer
 from tiny import tiny_model, tiny_store
 
 SHAPE = {"num_hidden_layers": 4, "num_experts": 32, "num_experts_per_tok": 3}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fate.synth import synth
+from fate.tools.synth.store import synth
 from fate.units import MIB
 
 RUN = """

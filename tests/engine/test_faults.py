@@ -140,7 +140,7 @@ def test_a_config_that_is_no_json(damaged):
 
 
 def test_a_failing_disk(mini_store, prompt, monkeypatch):
-    def broken(self, key, buffer, offset, progress=None):
+    def broken(self, key, buffer, offset, progress=None, read_file=None):
         raise OSError(5, "Input/output error")
 
     with fate.load(mini_store, experts="25%") as model:
@@ -157,7 +157,7 @@ def test_short_reads_are_completed(mini_store, prompt, monkeypatch):
         expected = generate(model, prompt)
     real = os.preadv
 
-    def plainly(self, key, buffer, offset, progress=None):  # as without the compiled extension
+    def plainly(self, key, buffer, offset, progress=None, read_file=None):  # as without the compiled extension
         self._read_plainly(key, buffer, self.header.record_offset(*key) + offset, progress)
 
     monkeypatch.setattr(StoreReader, "read_into", plainly)

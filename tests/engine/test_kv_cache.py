@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import fate
 from fate.core import Envelope
-from fate.inspection import meta_model
 from fate.models.kv_cache import PlannedLayer, planned_cache
 from fate.plan.needs import _kv_bytes
+from fate.tools.inspection import meta_model
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_store
 
 

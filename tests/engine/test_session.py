@@ -26,7 +26,7 @@ from fate.errors import (
     UnknownNameError,
     UsageError,
 )
-from fate.loading import ensure_store
+from fate.load import ensure_store
 from fate.models.packed import PackedEmbedding, PackedLinear
 from tiny import tiny_checkpoint
 

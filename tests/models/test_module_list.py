@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 import fate
 from fate.convert import convert
 from fate.errors import UnsupportedModelError
-from fate.inspection import inspect_model
-from fate.loading import _identity
+from fate.load import _identity
 from fate.models.activation import recognise
 from fate.models.adapter import find_moe_layers
 from fate.models.adapters.module_list import _recognise
+from fate.tools.inspection import inspect_model
 
 EXPERT = """
 class Expert(nn.Module):

@@ -8,9 +8,9 @@ from engine_support import stepwise_logits
 from fate.cache import POLICIES
 from fate.sim.belady import belady_misses
 from fate.sim.curves import lru_miss_curves
-from fate.sim.replay import CacheCounts, replay
 from fate.systems import System
 from fate.trace import RoutingTrace
+from replay_oracle import CacheCounts, replay
 from tiny import tiny_store
 
 

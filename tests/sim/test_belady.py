@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from fate.cache import POLICIES
 from fate.sim.belady import belady_misses, fewest_misses
-from fate.sim.replay import replay
+from replay_oracle import replay
 from trace_support import skewed, small_steps
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 
 from fate.cache import ALLOCATIONS, POLICIES, SlotRequest
 from fate.core import StepStats
-from fate.sim.replay import CacheCounts, replay
+from replay_oracle import CacheCounts, replay
 from trace_support import one_layer, skewed, small_steps
 
 LRU = POLICIES.get("lru")

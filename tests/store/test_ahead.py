@@ -11,16 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import fate
 from cli_support import FAMILY, flip
 from fate.errors import BudgetTooSmallError, ChecksumError, StoreError, UsageError
-from fate.loading import read_ahead
+from fate.load import read_ahead
 from fate.store import ahead
 from fate.store.ahead import DenseWeights
 from fate.store.files import PACKED_FILE
 from fate.store.format import PAGE_BYTES
-from fate.store.reader import iter_packed
 from tiny import tiny_store
 
 
@@ -38,27 +38,31 @@ def readers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "fate-dense-weights"]
 
 
+def stored(store: Path) -> dict[str, bytes]:
+    """What the safetensors library reads."""
+    return {name: packed.numpy().tobytes() for name, packed in load_file(store / PACKED_FILE).items()}
+
+
 @pytest.mark.parametrize("chunk", [PAGE_BYTES, 7 * PAGE_BYTES, 1 << 30])
 def test_the_same_bytes_as_one_at_a_time(store: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "CHUNK_BYTES", chunk)
     with DenseWeights(store) as dense:
         read = {name: bytes(view) for name, view in dense.matrices()}
-    assert read == {name: packed.numpy().tobytes() for name, packed in iter_packed(store)}
+    assert read == stored(store)
     assert len(read) > 10
 
 
 def test_views_outlive_the_reader(store: Path) -> None:
     with DenseWeights(store) as dense:
         views = dict(dense.matrices())
-    name, packed = next(iter_packed(store))
-    assert bytes(views[name]) == packed.numpy().tobytes()
+    assert {name: bytes(view) for name, view in views.items()} == stored(store)
 
 
 def test_what_is_read_ahead_is_not_counted_twice(store: Path) -> None:
     with DenseWeights(store) as dense:
         assert dense.wait() == 0
         dense.start()
-        assert dense.wait() >= sum(packed.numel() for _, packed in iter_packed(store))
+        assert dense.wait() >= sum(map(len, stored(store).values()))
 
 
 def test_a_flipped_byte(damaged: Path) -> None:

@@ -13,7 +13,7 @@ from fate.kernels.reference import dequantize
 from fate.models.adapter import find_moe_layers
 from fate.models.auto import auto_class
 from fate.store.reader import StoreReader
-from fate.synth import byte_tokenizer
+from fate.tools.synth.store import byte_tokenizer
 
 
 def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:

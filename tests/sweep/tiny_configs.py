@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from sweep.discovery import Family
 
 LAYERS = 4
-VOCABULARY = 259  # of `fate.synth.byte_tokenizer`
+VOCABULARY = 259  # of `fate.tools.synth.store.byte_tokenizer`
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

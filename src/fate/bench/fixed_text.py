@@ -15,7 +15,7 @@ from fate.bench.environment import environment, peak_resident_bytes
 from fate.bench.passes import Pass, feed
 from fate.engine.session import FateModel
 from fate.errors import UsageError
-from fate.loading import load, load_tokenizer
+from fate.load import load, load_tokenizer
 
 
 @dataclass(frozen=True)

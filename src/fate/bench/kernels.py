@@ -23,11 +23,11 @@ from fate import kernels
 from fate.bench.environment import environment
 from fate.bench.kernel_shapes import Linear, ModelShape
 from fate.core import Precision
-from fate.diagnosis import memory_read_gb_per_s
 from fate.kernels import reference
 from fate.store.format import RecordLayout
 from fate.store.plan import packed_layout
-from fate.synth import Noise
+from fate.tools.diagnosis import memory_read_gb_per_s
+from fate.tools.synth.store import Noise
 from fate.units import GIB, MIB
 
 TOKENS = (1, 4, 16, 64, 512)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fate.errors import UsageError
-from fate.evaluate import read_text
+from fate.tools.evaluate import read_text
 
 PROMPT_FIELDS = ("prompt", "question", "text")
 ANSWER_FIELDS = ("answer", "canonical_solution")

@@ -17,7 +17,7 @@ import torch
 from fate.bench.prompts import Encode
 from fate.engine.session import FateModel
 from fate.errors import UsageError
-from fate.evaluate import Evaluation, perplexity
+from fate.tools.evaluate import Evaluation, perplexity
 
 
 class Quality:

@@ -20,7 +20,7 @@ from fate.bench.prompts import Request
 from fate.bench.quality import Quality
 from fate.bench.summary import Run, make_run
 from fate.engine.session import FateModel
-from fate.loading import ensure_profile, load
+from fate.load import ensure_profile, load
 from fate.predict.oracle import Oracle
 from fate.store.format import StoreHeader
 from fate.store.reader import StoreReader

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -51,6 +52,11 @@ def build_app() -> typer.Typer:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `fate` script; exits with 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
+    run_app(build_app, argv, "fate")
+
+
+def run_app(build: Callable[[], typer.Typer], argv: list[str] | None, prog_name: str) -> None:
+    """What `build` makes, run with `argv` (None: the process's own); exits as `main` does."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     _prepare_transformers()
     atexit.register(gc.freeze)  # collecting torch's and transformers' objects one last time would take a second
@@ -58,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        build_app()(args=argv, prog_name="fate")  # exits by itself: 130 on Ctrl-C, 1 where the reader of a pipe left
+        build()(args=argv, prog_name=prog_name)  # exits by itself: 130 on Ctrl-C, 1 where the reader of a pipe left
     except FateError as error:
         print_error(str(error))
         sys.exit(error.exit_code)

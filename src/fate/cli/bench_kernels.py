@@ -34,7 +34,7 @@ def kernels_bench(
     from fate.bench.kernel_shapes import known_shapes, store_shape
     from fate.bench.kernels import measure_kernels
     from fate.kernels import native
-    from fate.loading import ensure_store
+    from fate.load import ensure_store
 
     if (model is None) == (shapes is None):
         raise UsageError("give either MODEL or --shapes, such as --shapes qwen1.5-moe-a2.7b")

@@ -62,8 +62,8 @@ def systems_bench(
     from fate.bench.resume import read_comparison
     from fate.bench.resume import resume as resumed
     from fate.bench.systems import SystemsBench
-    from fate.evaluate import read_text
-    from fate.loading import ensure_store, load_tokenizer
+    from fate.load import ensure_store, load_tokenizer
+    from fate.tools.evaluate import read_text
 
     links = _split(link) if link is not None else () if rho is not None else (DISK,)
     rhos = _numbers(rho) if rho is not None else ()

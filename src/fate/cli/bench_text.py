@@ -34,10 +34,10 @@ def text_bench(
 ) -> None:
     """Prefill and decode speed of MODEL on a given text: A B A B, median and spread, with the disk's limit beside."""
     from fate.bench.fixed_text import Workload, measure
-    from fate.diagnosis import disk_read_gb_per_s
-    from fate.evaluate import read_text
-    from fate.loading import ensure_store
+    from fate.load import ensure_store
     from fate.systems import resolve_system
+    from fate.tools.diagnosis import disk_read_gb_per_s
+    from fate.tools.evaluate import read_text
 
     options.check_limits(memory, experts)
     names = [resolve_system(name.strip()).name for name in systems.split(",") if name.strip()]

@@ -12,9 +12,9 @@ import typer
 from rich.table import Table
 
 from fate.cli import options
-from fate.cli.output import byte_progress, err, print_error, print_plan, print_table, print_words
+from fate.cli.output import byte_progress, err, print_error, print_table, print_words
 from fate.errors import UsageError
-from fate.loading import ensure_store, load, load_tokenizer, read_ahead
+from fate.load import ensure_store, load, load_tokenizer, print_plan, read_ahead
 from fate.plan.budget import MemoryPlan
 from fate.systems import EXACT, System
 from fate.units import format_bytes

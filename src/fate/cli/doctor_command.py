@@ -20,7 +20,7 @@ def doctor(
     json: options.Json = False,
 ) -> None:
     """Versions, cores, memory and disk read bandwidth, O_DIRECT, active kernels."""
-    from fate.diagnosis import diagnose
+    from fate.tools.diagnosis import diagnose
 
     with err.status("measuring memory and disk"):
         found = diagnose(path)

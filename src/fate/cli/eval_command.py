@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from fate.cli import options
-from fate.cli.output import byte_progress, out, print_json, print_plan, print_words, token_progress
+from fate.cli.output import byte_progress, out, print_json, print_words, token_progress
+from fate.load import print_plan
 from fate.systems import EXACT
 
 
@@ -27,8 +28,8 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Perplexity of MODEL on a text, in windows that do not overlap."""
-    from fate.evaluate import perplexity, read_text
-    from fate.loading import ensure_store, load, load_tokenizer
+    from fate.load import ensure_store, load, load_tokenizer
+    from fate.tools.evaluate import perplexity, read_text
 
     options.check_limits(memory, experts, system)
     content = read_text(text)

@@ -1,4 +1,4 @@
-"""What `fate run --explain` prints of a `fate.explanation.Explanation`."""
+"""What `fate run --explain` prints of a `fate.tools.explanation.Explanation`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 from fate.cli.output import print_table, print_words
 from fate.core import StepStats
-from fate.explanation import Explanation, PhaseExplanation, format_ms, wasted_bytes
+from fate.tools.explanation import Explanation, PhaseExplanation, format_ms, wasted_bytes
 from fate.units import format_bytes
 
 _TIMES = ("total", "experts", "stall", "predict")

@@ -17,7 +17,7 @@ from fate.errors import FateError, UsageError
 from fate.units import format_bytes, format_memory_argument
 
 if TYPE_CHECKING:
-    from fate.similarity import LayerSimilarity
+    from fate.tools.similarity import LayerSimilarity
 
 _DEFAULT_TOKENS = 2048
 _MEASURES = ("cosine_to_next", "recall_at_k", "recall_at_2k", "load_balance")
@@ -41,10 +41,10 @@ def inspect(
 ) -> None:
     """Family, layers, experts, bytes at each precision, bits per weight, smallest legal budget."""
     from fate.convert.checkpoint import resolve_source
-    from fate.evaluate import read_text
-    from fate.inspection import inspect_model
-    from fate.loading import load_tokenizer
+    from fate.load import load_tokenizer
     from fate.store.reader import is_store
+    from fate.tools.evaluate import read_text
+    from fate.tools.inspection import inspect_model
 
     if text is None and max_tokens is not None:
         raise UsageError("--max-tokens is of a text: give --text too")
@@ -67,8 +67,8 @@ def inspect(
 
 def _similarity(model: str, text: str, max_tokens: int, max_context: int | None) -> tuple[list[LayerSimilarity], int]:
     """(Layers, tokens they were measured on.)"""
-    from fate.loading import ensure_store, load, load_tokenizer
-    from fate.similarity import measure_similarity
+    from fate.load import ensure_store, load, load_tokenizer
+    from fate.tools.similarity import measure_similarity
 
     with byte_progress() as bar:
         store = ensure_store(model, bar)

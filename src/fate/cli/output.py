@@ -1,4 +1,4 @@
-"""What the commands show: two consoles, tables, the memory plan, progress bars with rate and ETA, errors, JSON.
+"""What the commands show: two consoles, tables, progress bars with rate and ETA, errors, JSON.
 
 Bars and colours are for terminals. Anywhere else a table is a line a row, however long, and a bar is nothing.
 """
@@ -25,10 +25,6 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-
-from fate.plan.budget import MemoryPlan
-from fate.systems import System
-from fate.units import format_bytes
 
 # What is printed holds paths and users' words: brackets and colons in them are no markup.
 out = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -76,19 +72,6 @@ def print_facts(rows: Iterable[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(name, value)
     print_table(out, table)
-
-
-def print_plan(plan: MemoryPlan, system: System) -> None:
-    """The plan, on standard error, before anything is allocated."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-    for row in plan.rows():
-        table.add_row(row.name, format_bytes(row.num_bytes), row.note)
-    table.add_row(Text("total", "bold"), Text(format_bytes(plan.total), "bold"), f"of {format_bytes(plan.budget)}")
-    err.print(Text.assemble((f"system {system.name}", "bold"), "" if system.exact else (" (lossy)", "yellow")))
-    print_table(err, table)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fate.core import Precision
 from fate.units import format_bytes
 
 if TYPE_CHECKING:
-    from fate.profile import Profile
+    from fate.plan.profile import Profile
 
 _TOKENS = (1, 16, 64, 256)
 
@@ -35,10 +35,10 @@ def profile(
     json: options.Json = False,
 ) -> None:
     """Time MODEL's layers and the reads of its experts on this machine, and keep the result beside the store."""
-    from fate.evaluate import read_text
-    from fate.loading import ensure_store
-    from fate.profile import read_profile, write_profile
+    from fate.load import ensure_store
+    from fate.plan.profile import read_profile, write_profile
     from fate.store.reader import StoreReader
+    from fate.tools.evaluate import read_text
 
     options.check_limits(memory, experts)
     content = read_text(text) if text is not None else None
@@ -61,8 +61,8 @@ def profile(
 
 
 def _measure(store: Path, text: str | None, memory: str | None, experts: str | None) -> Profile:
-    from fate.loading import load, load_tokenizer
-    from fate.profiling import SAMPLE_TEXT, measure
+    from fate.load import load, load_tokenizer
+    from fate.tools.profiling import SAMPLE_TEXT, measure
 
     ids = load_tokenizer(store)(text or SAMPLE_TEXT, return_tensors="pt").input_ids[0]
     with err.status("loading") as status:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from fate.cli import options
-from fate.cli.output import byte_progress, err, print_json, print_plan, print_words
+from fate.cli.output import byte_progress, err, print_json, print_words
 from fate.errors import EmptyPromptError
-from fate.loading import ensure_store, load, load_tokenizer, read_ahead
+from fate.load import ensure_store, load, load_tokenizer, print_plan, read_ahead
 from fate.plan.budget import MemoryPlan
 from fate.systems import EXACT, System
 
@@ -52,7 +52,7 @@ def run(
         from fate.cli.explanation import print_explanation
         from fate.cli.generation import Sampling, TimedStreamer, generate, report, summary
         from fate.engine.generation import check_envelope
-        from fate.explanation import observe
+        from fate.tools.explanation import observe
 
         with byte_progress() as bar:
             store = ensure_store(model, bar, trust_remote_code)

@@ -34,8 +34,8 @@ def synth(
     num_layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the original has.")] = None,
 ) -> None:
     """Write a store with the shapes of NAME and random weights. Its text is noise: feed it a fixed sequence."""
-    from fate.synth import synth as write_store
-    from fate.synth_checkpoint import synth_checkpoint
+    from fate.tools.synth.checkpoint import synth_checkpoint
+    from fate.tools.synth.store import synth as write_store
 
     if checkpoint and dense_bits is not None:
         raise UsageError(f"--dense-bits {dense_bits} is of a store, --checkpoint has 16 bits throughout: drop one")

@@ -1,7 +1,7 @@
 """Reading Hugging Face checkpoints: a directory of safetensors, one tensor or a few rows at a time.
 
 Tensors are read with `preadv` into fresh memory and the pages dropped from the page cache, so neither resident memory
-nor a memory cgroup grows with the file. What tensors mean is not known here; `models.mapping` maps them to parameters.
+nor a memory cgroup grows with the file. What tensors mean is not known here; `convert.mapping` maps them to parameters.
 
 >>> checkpoint = Checkpoint(resolve_source("Qwen/Qwen1.5-MoE-A2.7B"))
 >>> checkpoint.read("model.embed_tokens.weight").dtype
@@ -15,10 +15,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,10 +24,10 @@ from fate.errors import CheckpointError, ModelNotFoundError
 from fate.fileio import drop_cache
 from fate.models.config import read_checkpoint_config
 from fate.store.dtypes import DTYPES
+from fate.store.tensorheader import TensorHeader, TensorHeaderError, read_tensor_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100 * 1000 * 1000  # the safetensors specification's own limit
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
 _DO_NOT_DOWNLOAD = ["consolidated*", "original/*", "onnx/*", "metal/*"]
@@ -63,8 +61,9 @@ class Checkpoint:
         self._files: dict[Path, int] = {}
         indexed = self._shards()
         for shard in sorted(set(indexed.values()) or {self._single_file}):
-            self._headers[self.path / shard] = header = _read_header(self.path / shard)
-            self._tensors.update(_parse_header(self.path / shard, header))
+            header = _read_header(self.path / shard)
+            self._headers[self.path / shard] = header.text
+            self._tensors.update(_locate(self.path / shard, header))
         absent = [key for key in indexed if key not in self._tensors]
         if absent:
             raise CheckpointError(
@@ -206,37 +205,24 @@ def resolve_source(model: str | Path) -> Path:
         ) from error
 
 
-def _read_header(shard: Path) -> bytes:
-    """The JSON header of a safetensors file."""
-    with shard.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > _MAX_HEADER_BYTES:
-            raise CheckpointError(f"{shard} is not a safetensors file: download it again")
-        if size < 8 + length:
-            raise CheckpointError(f"{shard} is cut short within its header ({size} bytes): download it again")
-        return file.read(length)
-
-
-def _parse_header(shard: Path, header: bytes) -> dict[str, _Location]:
+def _read_header(shard: Path) -> TensorHeader:
     try:
-        tensors = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
-        located = dict(_locate(shard, 8 + len(header), tensors))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{shard} has a corrupt header ({error}): download it again") from error
-    size = shard.stat().st_size
-    end = max((location.offset + location.nbytes for location in located.values()), default=0)
+        return read_tensor_header(shard)
+    except TensorHeaderError as error:
+        raise CheckpointError(f"{shard} {error}: download it again") from error
+
+
+def _locate(shard: Path, header: TensorHeader) -> dict[str, _Location]:
+    """Where each tensor's bytes lie; raises CheckpointError for sizes that cannot be and a file cut short."""
+    located = {}
+    for tensor in header.tensors:
+        dtype = DTYPES.get(tensor.dtype)
+        location = _Location(shard, header.data_start + tensor.start, dtype or torch.uint8, tensor.shape)
+        if dtype is None or tensor.end - tensor.start != location.nbytes:
+            problem = f"{tensor.name}: {tensor.dtype} {list(tensor.shape)} in bytes {tensor.start}:{tensor.end}"
+            raise CheckpointError(f"{shard} has a corrupt header ({problem}): download it again")
+        located[tensor.name] = location
+    size, end = shard.stat().st_size, header.data_start + header.data_bytes
     if end > size:
         raise CheckpointError(f"{shard} is cut short: it has {size} bytes of {end}, download it again")
     return located
-
-
-def _locate(shard: Path, data: int, tensors: dict[str, Any]) -> Iterator[tuple[str, _Location]]:
-    for key, entry in tensors.items():
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{key} has dtype {entry['dtype']!r}")
-        location = _Location(shard, data + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        if begin < 0 or any(size < 0 for size in location.shape) or end - begin != location.nbytes:
-            raise ValueError(f"{key} spans {begin}:{end} for shape {list(location.shape)}")
-        yield key, location

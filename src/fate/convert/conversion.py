@@ -19,7 +19,7 @@ import torch
 
 from fate.convert import Progress
 from fate.convert.checkpoint import Checkpoint
-from fate.convert.encode import encode_record
+from fate.convert.encode import common_unit, encode_record
 from fate.convert.mapping import ExpertSource, Recipe, Source, plan_recipes
 from fate.convert.source import copied_files, read_config
 from fate.errors import CheckpointError, UsageError
@@ -187,23 +187,19 @@ def _packed_parts(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(byte offset in the packed matrix, piece): rows are quantized slice by slice, each section spliced in place.
 
-    Rows depend on each other only through the matrix's gain. A row of the largest weight, added to every slice and
-    dropped again, gives all slices that gain; so the codes are those of the matrix quantized whole. The INT2 slope is
-    that of the first slice: dense matrices are never read at INT2.
+    Rows depend on each other only through the matrix's unit, so the codes are those of the matrix quantized whole. The
+    INT2 slope is that of the first slice: dense matrices are never read at INT2.
     """
     matrix, whole = layout.matrices[0], layout.sections[0]
-    largest = max(float(rows.abs().max()) for _, rows in slices())
+    unit = common_unit((rows for _, rows in slices()), matrix.name)
     codes = padded_cols(matrix.cols) // (4 if layout.codec == "int4" else 1)  # bytes of one row of a plane
     affine = padded_cols(matrix.cols) // GROUP * 4
     for start, rows in slices():
-        spare = 1 if len(rows) < matrix.rows else 0
-        if spare:
-            rows = torch.cat((rows, rows.new_full((1, matrix.cols), largest)))
         sliced = packed_layout(layout.codec, len(rows), matrix.cols)
-        record, part, count = encode_record({matrix.name: rows}, sliced), sliced.sections[0], len(rows) - spare
+        record, part = encode_record({matrix.name: rows}, sliced, unit), sliced.sections[0]
         if start == 0:
             yield 0, record[:CONSTANTS_BYTES]
-        yield whole.high + start * codes, record[part.high : part.high + count * codes]
-        yield whole.affine + start * affine, record[part.affine : part.affine + count * affine]
+        yield whole.high + start * codes, record[part.high : part.high + len(rows) * codes]
+        yield whole.affine + start * affine, record[part.affine : part.affine + len(rows) * affine]
         if whole.low is not None and part.low is not None:
-            yield whole.low + start * codes, record[part.low : part.low + count * codes]
+            yield whole.low + start * codes, record[part.low : part.low + len(rows) * codes]

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -23,9 +23,10 @@ _BLOCK_WEIGHTS = 1 << 18  # weights quantized at a time: bounds the temporaries 
 _HEADROOM = 13
 
 
-def encode_record(matrices: Mapping[str, Tensor], layout: RecordLayout) -> Tensor:
+def encode_record(matrices: Mapping[str, Tensor], layout: RecordLayout, unit: float | None = None) -> Tensor:
     """One record, uint8 [layout.record_bytes], from its matrices by name, each float [rows, cols].
 
+    unit: `common_unit` of what the matrices are parts of; None: each matrix is whole.
     Temporaries stay within a few MB. Raises ValueError for a missing matrix, a wrong shape or non-finite weights.
     """
     record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
@@ -38,7 +39,7 @@ def encode_record(matrices: Mapping[str, Tensor], layout: RecordLayout) -> Tenso
             raw = matrix.to(RAW_DTYPES[layout.codec]).contiguous().view(torch.uint8).flatten()
             record[section.high : section.high + raw.numel()] = raw
         else:
-            constants = _quantize_into(record, matrix, spec, section, layout.codec)
+            constants = _quantize_into(record, matrix, spec, section, layout.codec, unit)
             record[8 * index : 8 * index + 8] = torch.tensor(constants, dtype=torch.float32).view(torch.uint8)
     return record
 
@@ -50,12 +51,13 @@ def quantize_matrix(matrix: Tensor, codec: str) -> Tensor:
 
 
 def _quantize_into(
-    record: Tensor, matrix: Tensor, spec: MatrixSpec, section: Section, codec: str
+    record: Tensor, matrix: Tensor, spec: MatrixSpec, section: Section, codec: str, unit: float | None
 ) -> tuple[float, float]:
     """Writes the planes and the affine section of one matrix; returns its (gain, slope)."""
     if matrix.dtype not in native.DTYPE_CODES:
         matrix = matrix.float()
-    unit = _unit(matrix, spec.name)
+    if unit is None:
+        unit = common_unit([matrix], spec.name)
     run = _quantize_torch if native.extension() is None else _quantize_compiled
     squares, products = run(record, matrix, section, codec, unit)
     return math.ldexp(unit, -_HEADROOM), 1.0 if codec == "int8" else _slope(squares, products)
@@ -107,18 +109,21 @@ def _quantize_torch(record: Tensor, matrix: Tensor, section: Section, codec: str
     return squares, products
 
 
-def _unit(matrix: Tensor, name: str) -> float:
-    """The power of two at or above the largest magnitude; 1 for zeros."""
-    largest = _largest(matrix)
-    if not math.isfinite(largest):
-        raise ValueError(f"matrix {name} holds infinite or NaN weights: the checkpoint is damaged")
+def common_unit(pieces: Iterable[Tensor], name: str) -> float:
+    """The power of two at or above the largest magnitude of all pieces of a matrix; 1 for zeros."""
+    largest = 0.0
+    for piece in pieces:
+        of_piece = _largest(piece)
+        if not math.isfinite(of_piece):
+            raise ValueError(f"matrix {name} holds infinite or NaN weights: the checkpoint is damaged")
+        largest = max(largest, of_piece)
     return math.ldexp(1.0, max(-100, math.frexp(largest)[1])) if largest > 0 else 1.0
 
 
 def _largest(matrix: Tensor) -> float:
     """The largest magnitude; infinite or NaN where a weight is."""
     extension = native.extension()
-    if extension is None or matrix.stride(1) != 1:
+    if extension is None or matrix.dtype not in native.DTYPE_CODES or matrix.stride(1) != 1:
         return float(torch.linalg.vector_norm(matrix, math.inf, dtype=torch.float32))
     dtype = native.DTYPE_CODES[matrix.dtype]
     return extension.largest_magnitude(matrix.data_ptr(), dtype, matrix.stride(0), *matrix.shape)

@@ -28,9 +28,9 @@ from fate.models.gate import RouterGate
 from fate.plan import needs as planning
 from fate.plan.budget import DEFAULT_PREFILL_CHUNK, MemoryPlan, check_available, default_budget, make_plan
 from fate.plan.machine import available_bytes
+from fate.plan.profile import Profile, read_profile
 from fate.precision import PRECISIONS
 from fate.predict import PREDICTORS, PredictorContext
-from fate.profile import Profile, read_profile
 from fate.store.ahead import DenseWeights
 from fate.store.reader import StoreReader
 from fate.systems import EXACT, System, resolve_system

@@ -20,7 +20,7 @@ from fate.errors import ClosedError, ProfileMissingError, UsageError
 from fate.kernels import native, threads
 from fate.models.kv_cache import planned_cache
 from fate.plan.budget import MemoryPlan, make_plan
-from fate.profile import Profile
+from fate.plan.profile import Profile
 from fate.store.reader import StoreReader
 from fate.systems import System, resolve_system
 from fate.trace import Recorder, Timeline, TraceMeta

@@ -97,6 +97,14 @@ class MemoryPlan:
         ]
 
 
+def describe(plan: MemoryPlan) -> str:
+    """The plan's rows and its total, a line each; the memories' names too where there is more than one."""
+    rows = [*plan.rows(), PlanRow("total", plan.total, f"of {format_bytes(plan.budget)}")]
+    spaces = len({row.space for row in rows}) > 1
+    lines = [f"{row.name:<14}{format_bytes(row.num_bytes):>12}  {row.note}" for row in rows]
+    return "\n".join(f"{row.space:<8}{line}" if spaces else line for row, line in zip(rows, lines))
+
+
 def make_plan(budget: int, envelope: Envelope, needs: Needs, max_experts: int | None = None) -> MemoryPlan:
     """Give every slot the budget allows; raises BudgetTooSmallError. max_experts: that many slots at most, or, where
     those are all experts, what holds them for good."""

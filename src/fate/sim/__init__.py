@@ -1,1 +1,1 @@
-"""What a routing trace would do to a cache, without a model: `replay.py`, its bound `belady.py`, `curves.py`."""
+"""What a routing trace would do to a cache, without a model: `belady.py`, the fewest misses; `curves.py`, LRU's."""

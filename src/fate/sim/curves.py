@@ -7,8 +7,6 @@ capacity. So each capacity keeps its own order, and numpy steps all of them toge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +15,7 @@ from fate.trace import RoutingTrace
 
 
 def lru_miss_curves(trace: RoutingTrace, *, prefill: bool = True) -> list[list[int]]:
-    """misses[layer][c] of `replay` with LRU and c slots, for c = 0 .. experts of the layer.
+    """misses[layer][c] of a run that loads on demand with LRU and c slots, for c = 0 .. experts of the layer.
 
     prefill: count the misses of prefill steps too; uncounted, they still fill the cache.
     """
@@ -33,16 +31,6 @@ def lru_miss_curves(trace: RoutingTrace, *, prefill: bool = True) -> list[list[i
     return curves
 
 
-def cost_curves(trace: RoutingTrace, seconds_per_miss: Sequence[float]) -> list[list[float]]:
-    """What `cache.SlotRequest.costs` asks for: seconds that a decode step loses to misses, by layer and capacity.
-
-    seconds_per_miss: of each layer, what a missing expert of it delays the token.
-    """
-    steps = max(1, sum(not step.prefill for step in trace.steps))
-    curves = lru_miss_curves(trace, prefill=False)
-    return [[misses * cost / steps for misses in curve] for curve, cost in zip(curves, seconds_per_miss)]
-
-
 class _Caches:
     """One LRU cache for each capacity 0 .. num_experts of one layer. Row c of every array is the cache with c slots."""
 
@@ -53,7 +41,7 @@ class _Caches:
         self._clock = 1
 
     def step(self, routing: Routing) -> NDArray[np.int64]:
-        """Misses [capacities] of one step; the same rules as `replay`."""
+        """Misses [capacities] of one step; the same rules as `engine/lease.py`."""
         experts = list(routing.experts)
         hit = self._last[:, experts] > 0
         hits = hit.sum(axis=1, keepdims=True)

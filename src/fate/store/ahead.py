@@ -12,7 +12,6 @@ its checksum as soon as it is there. Without torch: this runs before it is impor
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import threading
@@ -26,6 +25,7 @@ from fate.errors import StoreError, UsageError
 from fate.fileio import anonymous_memory, drop_cache
 from fate.store.files import PACKED_FILE, check_tensor, open_past_cache, read_checksums
 from fate.store.format import PAGE_BYTES, align_up
+from fate.store.tensorheader import TensorHeader, TensorHeaderError, read_tensor_header
 
 CHUNK_BYTES = 32 << 20  # a thread that wants the interpreter back while others import waits milliseconds each time
 
@@ -104,24 +104,23 @@ class DenseWeights:
         expected = read_checksums(self.store, PACKED_FILE)
         fd, direct = open_past_cache(file)
         try:
-            first, tensors = _read_header(file)
-            size = max((end for _, _, end in tensors), default=0)
+            header = _read_header(file)
+            first, size = header.data_start, header.data_bytes
             if first + size > os.fstat(fd).st_size:
                 raise StoreError(f"{file} is cut short: convert the checkpoint again")
             memory = self._memory = anonymous_memory(max(align_up(size, PAGE_BYTES), PAGE_BYTES))
             with memoryview(memory) as view:
-                waiting, done = iter(tensors), 0
+                waiting, done = iter(header.tensors), 0
                 tensor = next(waiting, None)
                 while tensor is not None and not self._stop:
                     got = os.preadv(fd, [view[done : done + CHUNK_BYTES]], first + done)
                     done += got
                     if got == 0 or (done < size and got % PAGE_BYTES):  # only the file's end cuts a page
                         raise StoreError(f"{file} is cut short: convert the checkpoint again")
-                    while tensor is not None and tensor[2] <= done:
-                        name, start, end = tensor
-                        with view[start:end] as packed:
-                            check_tensor(file, name, expected.get(name), xxhash.xxh64_intdigest(packed))
-                        self._places[name] = (start, end)
+                    while tensor is not None and tensor.end <= done:
+                        with view[tensor.start : tensor.end] as packed:
+                            check_tensor(file, tensor.name, expected.get(tensor.name), xxhash.xxh64_intdigest(packed))
+                        self._places[tensor.name] = (tensor.start, tensor.end)
                         tensor = next(waiting, None)
         finally:
             if not direct:
@@ -129,22 +128,11 @@ class DenseWeights:
             os.close(fd)
 
 
-def _read_header(file: Path) -> tuple[int, list[tuple[str, int, int]]]:
-    """Where data begins, and (name, start, end) of every tensor from there on, in the file's order."""
-    with open(file, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = f.read(min(length, file.stat().st_size))
+def _read_header(file: Path) -> TensorHeader:
     try:
-        table = json.loads(header)
-        spans = [(name, *_span(*entry["data_offsets"])) for name, entry in table.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise StoreError(f"{file} has no readable header: convert the checkpoint again") from None
-    if (8 + length) % PAGE_BYTES:  # the writer pads it
+        header = read_tensor_header(file)
+    except TensorHeaderError as error:
+        raise StoreError(f"{file} {error}: convert the checkpoint again") from None
+    if header.data_start % PAGE_BYTES:  # the writer pads it
         raise StoreError(f"{file} does not begin its data on a page: convert the checkpoint again")
-    return 8 + length, sorted(spans, key=lambda span: span[2])
-
-
-def _span(start: int, end: int) -> tuple[int, int]:
-    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
-        raise ValueError("not a span of bytes")
-    return start, end
+    return header

@@ -1,28 +1,25 @@
 """Open a store, refuse a damaged one, and read its records.
 
 `StoreReader` owns `experts.fate`: header, checksums, and positioned reads that bypass the page cache where the file
-system allows it (so that the cache does not double the memory). Dense weights: `iter_packed`.
+system allows it (so that the cache does not double the memory). Packed dense weights: `ahead.py`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
 from fate.core import ExpertKey
 from fate.errors import ChecksumError, StoreError, StoreMismatchError
-from fate.fileio import Progress, drop_cache
-from fate.kernels import native
+from fate.fileio import Progress
 from fate.store import format as fmt
 from fate.store.files import (
     CHECKSUMS_FILE,
@@ -36,6 +33,7 @@ from fate.store.files import (
     read_checksums,
     read_config,
 )
+from fate.store.tensorheader import TensorHeaderError, read_tensor_header
 
 logger = logging.getLogger("fate.store")
 
@@ -48,11 +46,12 @@ __all__ = [
     "StoreReader",
     "checksum_of",
     "is_store",
-    "iter_packed",
     "read_config",
 ]
 
 _CHUNK_BYTES = 4 << 20
+# (file descriptor, address, length, offset in the file, chunk, address of a Progress) -> errno, 0 where all went well.
+ReadFile = Callable[[int, int, int, int, int, int], int]
 
 
 class StoreReader:
@@ -71,16 +70,24 @@ class StoreReader:
         self._finalizer = weakref.finalize(self, os.close, self._fd)
         self._verified: set[tuple[int, bool]] = set()
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, offset: int, progress: Progress | None = None) -> None:
+    def read_into(
+        self,
+        key: ExpertKey,
+        buffer: memoryview,
+        offset: int,
+        progress: Progress | None = None,
+        read_file: ReadFile | None = None,
+    ) -> None:
         """Fill page-aligned `buffer` with the record's bytes from `offset` (page-aligned too).
 
-        progress: counts bytes as they arrive and may stop the read at the end of a chunk. Raises StoreError, OSError.
+        progress: counts bytes as they arrive and may stop the read at the end of a chunk. read_file: what reads chunk
+        after chunk without the interpreter, None: Python does. Raises StoreError, OSError.
         """
-        at, cpu = self.header.record_offset(*key) + offset, native.extension()
-        if progress is None or cpu is None:
+        at = self.header.record_offset(*key) + offset
+        if progress is None or read_file is None:
             return self._read_plainly(key, buffer, at, progress)
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        error = cpu.read_file(self._fd, address, len(buffer), at, progress.chunk_bytes, progress.address)
+        error = read_file(self._fd, address, len(buffer), at, progress.chunk_bytes, progress.address)
         if error == errno.ENODATA:
             raise self._ends_inside(key)
         if error:
@@ -180,33 +187,13 @@ def checksum_of(fd: int, start: int, length: int) -> int:
 def _verify_dense(path: Path) -> None:
     """What transformers will load itself, checked before it does."""
     file, expected = path / DENSE_FILE, read_checksums(path, DENSE_FILE)
-    with open(file, "rb") as f:
-        header_bytes = 8 + int.from_bytes(f.read(8), "little")
-        table = json.loads(f.read(header_bytes - 8))
-        check_tensor(file, HEADER_KEY, expected.get(HEADER_KEY), checksum_of(f.fileno(), 0, header_bytes))
-        for name in table.keys() - {"__metadata__"}:
-            start, end = table[name]["data_offsets"]
-            got = checksum_of(f.fileno(), header_bytes + start, end - start)
-            check_tensor(file, name, expected.get(name), got)
-
-
-def iter_packed(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, uint8 bytes [n]) of every packed dense matrix, verified, one at a time; leaves no page cache behind."""
-    file = path / PACKED_FILE
-    if not file.is_file():  # nothing is packed: opening the reader has checked that
-        return
-    expected = read_checksums(path, PACKED_FILE)
-    with safe_open(file, framework="pt", backend="pread") as f:
-        for name in f.keys():  # noqa: SIM118 - not a mapping
-            packed = f.get_tensor(name)
-            check_tensor(file, name, expected.get(name), xxhash.xxh64_intdigest(packed.numpy()))
-            yield name, packed
-            _drop_page_cache(file)
-
-
-def _drop_page_cache(file: Path) -> None:
-    fd = os.open(file, os.O_RDONLY)
     try:
-        drop_cache(fd)
-    finally:
-        os.close(fd)
+        header = read_tensor_header(file)
+    except TensorHeaderError as error:
+        raise StoreError(f"{file} {error}: convert the checkpoint again") from None
+    with file.open("rb") as f:
+        start = header.data_start
+        check_tensor(file, HEADER_KEY, expected.get(HEADER_KEY), checksum_of(f.fileno(), 0, start))
+        for tensor in header.tensors:
+            got = checksum_of(f.fileno(), start + tensor.start, tensor.end - tensor.start)
+            check_tensor(file, tensor.name, expected.get(tensor.name), got)

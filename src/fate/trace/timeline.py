@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fate.core import ExpertKey
@@ -41,6 +42,15 @@ class Event:
     @property
     def duration_s(self) -> float:
         return self.end_s - self.start_s
+
+
+def busy_s(events: Iterable[Event]) -> float:
+    """Seconds in which at least one of the events was under way."""
+    busy, until = 0.0, float("-inf")
+    for event in sorted(events, key=lambda event: event.start_s):
+        busy += max(event.end_s - max(event.start_s, until), 0.0)
+        until = max(until, event.end_s)
+    return busy
 
 
 class Timeline(Observer):

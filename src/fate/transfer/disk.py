@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fate.core import ExpertKey
 from fate.fileio import Progress
+from fate.kernels import native
 from fate.store.reader import StoreReader
 
 
@@ -17,7 +18,9 @@ class DiskSource:
         self._slot_view = slot_view
 
     def read(self, key: ExpertKey, slot: int, offset: int, length: int, progress: Progress) -> None:
-        self._reader.read_into(key, self._slot_view(slot)[offset : offset + length], offset, progress)
+        cpu = native.extension()
+        buffer = self._slot_view(slot)[offset : offset + length]
+        self._reader.read_into(key, buffer, offset, progress, None if cpu is None else cpu.read_file)
 
     def verify(self, key: ExpertKey, slot: int, offset: int, length: int) -> None:
         layout = self._reader.header.layout(key.layer)

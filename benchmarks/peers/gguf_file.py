@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from fate.bench.peers.q4 import BLOCK, BLOCK_BYTES, blocks
+from benchmarks.peers.q4 import BLOCK, BLOCK_BYTES, blocks
 from fate.convert import Progress
 from fate.core import ExpertKey
 from fate.errors import UsageError
 from fate.models.config import transformers_config
+from fate.store.ahead import DenseWeights
 from fate.store.plan import packed_layout
-from fate.store.reader import DENSE_FILE, StoreReader, iter_packed, read_config
+from fate.store.reader import DENSE_FILE, StoreReader, read_config
 
 _ARCHITECTURES = {"qwen2_moe": "QWEN2MOE"}
 _EXPERTS = ("gate_proj", "up_proj", "down_proj")
@@ -112,6 +113,8 @@ class _Writer:
         self._partial = path.with_name(path.name + ".partial")
         self._out = self._gguf.GGUFWriter(self._partial, self._gguf.MODEL_ARCH_NAMES[architecture])
         self._rounding = 0.0
+        with DenseWeights(reader.path) as dense:
+            self._packed = {name: torch.frombuffer(view, dtype=torch.uint8) for name, view in dense.matrices()}
         _describe(self._out, config, getattr(self._gguf.LlamaFileType, f"MOSTLY_{form.upper()}"))
 
     def write(self, progress: Progress) -> float:
@@ -140,7 +143,7 @@ class _Writer:
                 size = 4 * int(np.prod(shape))
                 self._out.add_tensor_info(self._name(key), shape, np.dtype(np.float32), size)
         packed = read_config(self._reader.path)["quantization_config"]["packed"]
-        for key, _ in iter_packed(self._reader.path):
+        for key in self._packed:
             entry = packed[key.removesuffix(".weight")]
             self._announce_blocks(key, (entry["rows"], entry["cols"]))
         for layer in self._reader.header.layers:
@@ -160,7 +163,7 @@ class _Writer:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 yield key, file.get_tensor(key).float().numpy()
         packed = read_config(self._reader.path)["quantization_config"]["packed"]
-        for key, record in iter_packed(self._reader.path):
+        for key, record in self._packed.items():
             entry = packed[key.removesuffix(".weight")]
             yield key, self._blocks(record, packed_layout("int4", entry["rows"], entry["cols"]), 0).numpy()
         for index, layer in enumerate(self._reader.header.layers):

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fate
 from fate.convert import convert
 from fate.errors import DiskFullError, OutputExistsError, UnknownNameError, UsageError
-from fate.synth import MODELS, synth
-from fate.synth_checkpoint import synth_checkpoint
-from fate.synth_routing import EMBEDDING_STD, STD
+from fate.tools.synth.checkpoint import synth_checkpoint
+from fate.tools.synth.routing import EMBEDDING_STD, STD
+from fate.tools.synth.store import MODELS, synth
 from tiny import FAMILIES
 
 INDEX = "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_nothing(tiny_name: str, tmp_path: Path, monkeypatch:
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr("fate.synth_checkpoint.os.pwrite", full)
+    monkeypatch.setattr("fate.tools.synth.checkpoint.os.pwrite", full)
     with pytest.raises(DiskFullError):
         synth_checkpoint(tiny_name, tmp_path / "out")
     monkeypatch.undo()
@@ -123,7 +123,7 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
 _MEASURED = """
 import sys
 from pathlib import Path
-from fate.synth_checkpoint import synth_checkpoint
+from fate.tools.synth.checkpoint import synth_checkpoint
 
 synth_checkpoint("qwen1.5-moe-a2.7b", Path(sys.argv[1]), num_layers=int(sys.argv[2]))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

@@ -20,7 +20,7 @@ import torch
 import fate
 from fate.models.adapter import find_moe_layers
 from fate.store.reader import StoreReader
-from fate.synth import MODELS, pair_tokenizer, synth
+from fate.tools.synth.store import MODELS, pair_tokenizer, synth
 
 QWEN, DEEPSEEK = "qwen1.5-moe-a2.7b", "deepseek-moe-16b"
 NARROW = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 64}

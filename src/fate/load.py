@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, cast
 
 from fate.directories import cache_directory
 from fate.errors import OutputExistsError, StoreError, UsageError
-from fate.plan.budget import DEFAULT_PREFILL_CHUNK, MemoryPlan, PlanRow, default_budget
+from fate.plan.budget import DEFAULT_PREFILL_CHUNK, MemoryPlan, default_budget, describe
 from fate.plan.machine import available_bytes, resident_bytes
 from fate.store.ahead import DenseWeights
 from fate.store.files import PACKED_FILE, is_store, read_config
 from fate.systems import EXACT, System, resolve_system
-from fate.units import MIB, format_bytes, parse_experts, parse_link, parse_memory
+from fate.units import MIB, parse_experts, parse_link, parse_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,8 +132,8 @@ def _load(store: Path, options: LoadOptions, trust_remote_code: bool) -> FateMod
 
 def ensure_profile(model: FateModel) -> None:
     """Give `model` the timing profile of its store, measured now (some seconds) unless there is one that holds."""
-    from fate.profile import read_profile, write_profile
-    from fate.profiling import SAMPLE_TEXT, measure
+    from fate.plan.profile import read_profile, write_profile
+    from fate.tools.profiling import SAMPLE_TEXT, measure
 
     store, header = model.fate.reader.path, model.fate.reader.header
     reading = read_profile(store, header)
@@ -197,7 +197,5 @@ def load_tokenizer(store: Path) -> PreTrainedTokenizerBase:
 
 
 def print_plan(plan: MemoryPlan, system: System) -> None:
-    """The plan as plain text on standard error."""
-    rows = [*plan.rows(), PlanRow("total", plan.total, f"of {format_bytes(plan.budget)}")]
-    lines = [f"{row.name:<14}{format_bytes(row.num_bytes):>12}  {row.note}" for row in rows]
-    print(f"system {system.name}", *lines, sep="\n", file=sys.stderr)
+    """The plan, on standard error, before anything is allocated."""
+    print(f"system {system.name}{'' if system.exact else ' (lossy)'}", describe(plan), sep="\n", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Stores of full-size models with random weights, written at disk speed: for speed work without a download.
 
 Codes are drawn as packed bytes under scales that give dequantized weights zero mean and the standard deviation wanted;
-nothing is quantized. `synth_routing.py` says which deviations and vectors, and with them how the store routes: about as
+nothing is quantized. `routing.py` says which deviations and vectors, and with them how the store routes: about as
 trained models do (`real`) or nearly uniformly over experts (`uniform`). Random weights all of one size would route
 neither way: hidden states of all tokens collapse into one direction and with them the routing.
 
@@ -37,7 +37,7 @@ from fate.store.format import CONSTANTS_BYTES, FORMAT_VERSION, GROUP, LayerSpec,
 from fate.store.plan import StorePlan, plan_store
 from fate.store.tensorfile import TensorEntry
 from fate.store.writer import StoreWriter
-from fate.synth_routing import ROUTINGS, STD, UniformRouting
+from fate.tools.synth.routing import ROUTINGS, STD, UniformRouting
 
 _GAIN = 2.0**-13  # keeps stored scales in the middle of float16's range
 _INT2_SLOPE = 1.0625  # <w, w> / <w, w_int2> of uniform codes: 21.25 / 20
@@ -97,7 +97,7 @@ def synth(
     """Write a store of random weights of the shapes of `name` (one of MODELS) at `out`, and return `out`.
 
     Experts are INT4; dense_bits is 4, 8 or 16. num_layers: the model's own unless given. routing: "real" or "uniform",
-    see `synth_routing`. Memory stays under a few hundred MiB.
+    see `routing.py`. Memory stays under a few hundred MiB.
     Raises UnknownNameError, UsageError, OutputExistsError or DiskFullError.
     """
     config = synth_config(name, num_layers)

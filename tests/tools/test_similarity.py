@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import fate
 from fate.errors import UsageError
 from fate.models.adapter import find_moe_layers
-from fate.similarity import measure_similarity
+from fate.tools.similarity import measure_similarity
 from tiny import tiny_checkpoint, tiny_store
 
 FAMILY, TOP_K, EXPERTS = "qwen2_moe", 3, 8

@@ -18,14 +18,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fate.bench.peers.cgroup import MemoryGroup
-from fate.bench.peers.gguf_file import GgufFile
+from benchmarks.peers.cgroup import MemoryGroup
+from benchmarks.peers.gguf_file import GgufFile
 from fate.errors import UsageError
 from fate.fileio import drop_cache
 from fate.units import parse_memory
 
 RESIDENT = "resident"
-_WORKER = Path(__file__).with_name("llama_worker.py")
+_FATE_WORKER = Path(__file__).with_name("fate_worker.py")
+_PEER_WORKER = Path(__file__).with_name("llama_worker.py")
 _TIMEOUT_S = 1800
 _OPENMP_AS_IT_COMES = ("env", "-u", "OMP_WAIT_POLICY")  # the command line that we are run from suits it to our kernels
 _INSTALL = "python -m venv peer && peer/bin/pip install llama-cpp-python, then give --peer-python peer/bin/python"
@@ -123,13 +124,13 @@ class Comparison:
             "logits": str(logits / f"{name}.npy") if logits else None,
         }
         if variant is None:
-            command = [sys.executable, "-m", "fate.bench.peers.fate_worker"]
+            command = [sys.executable, str(_FATE_WORKER)]
             job |= {"model": str(self._store), "memory": limit, "threads": self.settings.threads[:1]}
             files = list(self._store.iterdir())
         else:
             if limit is not None and variant.repack and variant.file.file_bytes > limit:
                 return {"failed": "not run: its repacked copy is larger than the limit"}
-            command = [*_OPENMP_AS_IT_COMES, self._python, str(_WORKER)]
+            command = [*_OPENMP_AS_IT_COMES, self._python, str(_PEER_WORKER)]
             job |= {"model": str(variant.file.path), "repack": variant.repack}
             files = [variant.file.path]
         if limit is not None:

@@ -1,7 +1,7 @@
 """What one machine needs for the layers of one store: a value, the arithmetic on it, and the file it is kept in.
 
 A profile is believed only on the machine, for the store and by the version of Fate that it was measured with;
-`read_profile` says why it is not. Measuring is `profiling.py`'s.
+`read_profile` says why it is not. Measuring is `tools/profiling.py`'s.
 
 >>> reading = read_profile(store, header)
 >>> reading.profile.timing().compute_s(layer=3, tokens=40) if reading.profile else reading.why_not

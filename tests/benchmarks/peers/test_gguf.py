@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from fate.bench.peers import gguf_file
-from fate.bench.peers.gguf_file import GgufFile, write_gguf
-from fate.bench.peers.q4 import _q4_0, blocks
+from benchmarks.peers import gguf_file
+from benchmarks.peers.gguf_file import GgufFile, write_gguf
+from benchmarks.peers.q4 import _q4_0, blocks
 from fate.convert.encode import quantize_matrix
 from fate.errors import UsageError
 from fate.kernels.reference import dequantize
+from fate.store.ahead import DenseWeights
 from fate.store.format import MatrixSpec, RecordLayout
 from fate.store.plan import packed_layout
-from fate.store.reader import EXPERTS_FILE, StoreReader, iter_packed
+from fate.store.reader import EXPERTS_FILE, StoreReader
 from tiny import tiny_store
 
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128, "num_hidden_layers": 2}
@@ -56,7 +57,8 @@ def test_q4_1_holds_the_stores_weights(store: Path, tmp_path: Path) -> None:
     gate, up = expert(store, 1, 5, 0).chunk(2)
     for name, exact in (("gate", gate), ("up", up), ("down", expert(store, 1, 5, 1))):
         assert error(found[f"blk.1.ffn_{name}_exps.weight"][5], exact) < 1e-7
-    dense = dict(iter_packed(store))
+    with DenseWeights(store) as reading:
+        dense = {name: torch.frombuffer(view, dtype=torch.uint8) for name, view in reading.matrices()}
     for key, name, shape in (("lm_head", "output", (259, 128)), ("model.embed_tokens", "token_embd", (259, 128))):
         exact = dequantize(dense[f"{key}.weight"], packed_layout("int4", *shape), 0)
         assert error(found[f"{name}.weight"], exact) < 1e-7
@@ -95,7 +97,7 @@ def test_slices_of_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = RecordLayout("int4", (MatrixSpec("weight", 7, 128),), page_aligned=False)
     record = quantize_matrix(torch.randn(7, 128, generator=torch.Generator().manual_seed(1)), "int4")
     whole = blocks(record, layout, 0, "q4_0")[0]
-    monkeypatch.setattr("fate.bench.peers.q4._SLICE_WEIGHTS", 300)
+    monkeypatch.setattr("benchmarks.peers.q4._SLICE_WEIGHTS", 300)
     assert torch.equal(blocks(record, layout, 0, "q4_0")[0], whole)
 
 

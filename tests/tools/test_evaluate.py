@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fate
-from fate.evaluate import perplexity
+from fate.tools.evaluate import perplexity
 
-MINI = Path(__file__).resolve().parents[1] / "assets" / "mini-moe"
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+MINI = Path(__file__).resolve().parents[2] / "assets" / "mini-moe"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 DOMAINS = ("word problems", "prose", "python")
 
 

@@ -1,4 +1,4 @@
-"""`fate bench peers`: Fate beside llama.cpp on the same weights."""
+"""`python -m benchmarks.peers`: Fate beside llama.cpp on the same weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from fate.cli import options
+from fate.cli.app import run_app
 from fate.cli.output import byte_progress, err, out, print_json, print_table, print_words, step_progress
 from fate.errors import UnknownNameError, UsageError
 from fate.units import parse_memory
@@ -18,11 +19,17 @@ from fate.units import parse_memory
 FORMS = ("q4_1", "q4_0")
 
 
-def register(app: typer.Typer) -> None:
-    epilog = (
-        "Example: fate bench peers qwen.fate --peer-python peer/bin/python --budgets resident,4GiB --json peers.json"
-    )
-    app.command("peers", epilog=epilog)(peers_bench)
+_EPILOG = (
+    "Example: python -m benchmarks.peers qwen.fate --peer-python peer/bin/python --budgets resident,4GiB "
+    "--json peers.json"
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exits as `fate` does: 0, 1 (failure), 2 (usage) or 130 (interrupted)."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=_EPILOG)(peers_bench)
+    run_app(lambda: app, argv, "python -m benchmarks.peers")
 
 
 def peers_bench(
@@ -44,12 +51,12 @@ def peers_bench(
     json: Annotated[Path | None, typer.Option(help="File for the result; - for one line on standard output.")] = None,
 ) -> None:
     """Fate and llama.cpp on the same weights, tokens and memory limits, in turn; neither is quoted, both are run."""
-    from fate.bench.peers.comparison import RESIDENT, Comparison, Settings, peer_version
-    from fate.bench.peers.gguf_file import load_gguf, write_gguf
-    from fate.bench.peers.summary import document
+    from benchmarks.peers.comparison import RESIDENT, Comparison, Settings, peer_version
+    from benchmarks.peers.gguf_file import load_gguf, write_gguf
+    from benchmarks.peers.summary import document
     from fate.bench.report import write_json
-    from fate.diagnosis import memory_read_gb_per_s
-    from fate.loading import ensure_store
+    from fate.load import ensure_store
+    from fate.tools.diagnosis import memory_read_gb_per_s
 
     names = tuple(name.strip() for name in budgets.split(",") if name.strip())
     for name in names:
@@ -100,9 +107,9 @@ def _threads(text: str | None) -> tuple[int, ...]:
 
 
 def _ids(store: Path, text: Path | None, needed: int) -> list[int]:
-    from fate.evaluate import read_text
-    from fate.loading import load_tokenizer
-    from fate.profiling import SAMPLE_TEXT
+    from fate.load import load_tokenizer
+    from fate.tools.evaluate import read_text
+    from fate.tools.profiling import SAMPLE_TEXT
 
     words = read_text(text) if text is not None else SAMPLE_TEXT * 3
     ids: list[int] = load_tokenizer(store).encode(words, add_special_tokens=False)

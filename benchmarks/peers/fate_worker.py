@@ -1,4 +1,4 @@
-"""Fate in a process of its own: `python -m fate.bench.peers.fate_worker JOB`. The last line of output is the result."""
+"""Fate in a process of its own: `python fate_worker.py JOB`. The last line of output is the result."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from measurement import measure  # beside this script
 
 from fate.bench.environment import peak_resident_bytes
-from fate.bench.peers.measurement import measure
-from fate.loading import load
+from fate.load import load
 
 
 class FateEngine:

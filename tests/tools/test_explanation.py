@@ -12,7 +12,7 @@ import torch
 import fate
 from fate.core import ExpertKey, Routing, StepStats
 from fate.engine.session import FateModel
-from fate.explanation import Explanation, LayerWaits, PhaseExplanation, explain_phase, link_bytes_per_s, observe
+from fate.tools.explanation import Explanation, LayerWaits, PhaseExplanation, explain_phase, link_bytes_per_s, observe
 from fate.trace.observer import LayerEvent
 from fate.trace.timeline import Event
 from tiny import tiny_store

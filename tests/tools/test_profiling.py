@@ -15,9 +15,9 @@ from fate import fileio
 from fate.cache import ALLOCATIONS, SlotRequest
 from fate.core import Precision
 from fate.errors import UsageError
-from fate.profile import LayerProfile, Machine, Profile, lost_s, read_profile, why_stale, write_profile
-from fate.profiling import layer_seconds, measure
+from fate.plan.profile import LayerProfile, Machine, Profile, lost_s, read_profile, why_stale, write_profile
 from fate.store.reader import StoreReader
+from fate.tools.profiling import layer_seconds, measure
 from fate.trace.timeline import Event
 from tiny import tiny_store
 

@@ -21,12 +21,12 @@ from fate.core import Envelope, ExpertKey, Precision
 from fate.engine.session import FateModel, Session
 from fate.errors import UsageError
 from fate.plan.budget import MemoryPlan
-from fate.profile import LayerProfile, Machine, Profile
+from fate.plan.profile import LayerProfile, Machine, Profile
 from fate.sim.curves import lru_miss_curves
 from fate.store.format import RecordLayout, StoreHeader
 from fate.systems import System
 from fate.trace import RoutingTrace
-from fate.trace.timeline import Event
+from fate.trace.timeline import Event, busy_s
 
 TOKENS = (1, 4, 16, 64, 256)  # of the forwards that are timed, as far as the plan covers them
 _REPEATS = 10
@@ -171,7 +171,7 @@ def _measure_reads(session: Session) -> _Reads:
     everything = [key for of_layout in keys.values() for key in of_layout]
     batch = min(session.engine.residency.cache.transient, len(everything))
     batches = (_read(session, chosen.sample(everything, batch), Precision.FULL) for _ in range(_BATCHES))
-    return _Reads(seconds, median(sum(event.num_bytes for event in events) / _busy_s(events) for events in batches))
+    return _Reads(seconds, median(sum(event.num_bytes for event in events) / busy_s(events) for events in batches))
 
 
 def _read(session: Session, keys: Sequence[ExpertKey], precision: Precision) -> list[Event]:
@@ -180,15 +180,6 @@ def _read(session: Session, keys: Sequence[ExpertKey], precision: Precision) -> 
     with residency.lock, session.record() as timeline:
         residency.read_through(keys, precision)
     return [event for event in timeline.events if event.num_bytes]
-
-
-def _busy_s(events: Sequence[Event]) -> float:
-    """Seconds in which at least one of the reads was under way (between them a record's checksum may be verified)."""
-    busy, until = 0.0, 0.0
-    for event in sorted(events, key=lambda event: event.start_s):
-        busy += max(0.0, event.end_s - max(event.start_s, until))
-        until = max(until, event.end_s)
-    return busy
 
 
 def _length(layout: RecordLayout, precision: Precision) -> int:

@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors import safe_open
 
+from benchmarks.peers.comparison import RESIDENT, Results, Settings
+from benchmarks.peers.gguf_file import GgufFile
 from fate.bench.environment import environment
-from fate.bench.peers.comparison import RESIDENT, Results, Settings
-from fate.bench.peers.gguf_file import GgufFile
 from fate.models.config import transformers_config
 from fate.store.reader import PACKED_FILE, StoreReader, read_config
 

@@ -19,8 +19,8 @@ from fate.store.packing import restore, unpack_plane
 from fate.store.plan import packed_layout
 from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE, StoreReader
 from fate.store.tensorfile import TensorEntry
-from fate.synth import MODELS, Noise, byte_tokenizer, synth
-from fate.synth_routing import EMBEDDING_STD, STD
+from fate.tools.synth.routing import EMBEDDING_STD, STD
+from fate.tools.synth.store import MODELS, Noise, byte_tokenizer, synth
 from tiny import FAMILIES
 
 
@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny_name: str, tmp_path: Path) -> N
 
 
 def test_blocks_of_a_large_matrix_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fate.synth._POOL_BYTES", 1 << 18)  # a pool of 2^14 numbers
+    monkeypatch.setattr("fate.tools.synth.store._POOL_BYTES", 1 << 18)  # a pool of 2^14 numbers
     entry = TensorEntry("matrix", torch.bfloat16, (64, 512))
     first, second = (piece for _, piece in Noise(0).matrix(entry, 1, STD))
     assert first.numel() + second.numel() == 64 * 512

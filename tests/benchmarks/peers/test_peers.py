@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fate.bench.peers import comparison as module
-from fate.bench.peers.cgroup import MemoryGroup
-from fate.bench.peers.comparison import Comparison, Settings, peer_version, run_worker
-from fate.bench.peers.gguf_file import GgufFile
-from fate.bench.peers.measurement import measure
-from fate.bench.peers.summary import document, weight_bytes_per_token
+from benchmarks.peers import comparison as module
+from benchmarks.peers.cgroup import MemoryGroup
+from benchmarks.peers.comparison import Comparison, Settings, peer_version, run_worker
+from benchmarks.peers.gguf_file import GgufFile
+from benchmarks.peers.measurement import measure
+from benchmarks.peers.summary import document, weight_bytes_per_token
 from fate.errors import UsageError
 from fate.units import MIB
 from tiny import tiny_store
@@ -163,7 +163,7 @@ def test_fates_worker(tmp_path: Path) -> None:
     store = tiny_store("qwen2_moe", dense_bits=4)
     given = job(model=str(store), memory=None, system="exact", max_context=32, logits=str(tmp_path / "x.npy"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "fate.bench.peers.fate_worker", json.dumps(given)]
+    command = [sys.executable, str(module._FATE_WORKER), json.dumps(given)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["counters"]["tokens"] == 2

@@ -29,7 +29,7 @@ from typing import Any
 from fate.core import ExpertKey, StepStats
 from fate.engine.session import Session
 from fate.trace.observer import LayerEvent, Observer
-from fate.trace.timeline import Event, Timeline
+from fate.trace.timeline import Event, Timeline, busy_s
 
 MAX_READS = 10_000  # of each phase, for the link's speed: enough for that, and some 2 MB
 
@@ -295,8 +295,5 @@ def wasted_bytes(stats: StepStats) -> int:
 def link_bytes_per_s(reads: Sequence[Event]) -> float | None:
     """Bytes of reads on demand (of guesses, where there are none) over the time at least one was under way."""
     chosen = [read for read in reads if read.kind == "demand"] or list(reads)
-    busy, until = 0.0, float("-inf")
-    for read in sorted(chosen, key=lambda read: read.start_s):
-        busy += max(read.end_s - max(read.start_s, until), 0.0)
-        until = max(until, read.end_s)
+    busy = busy_s(chosen)
     return sum(read.num_bytes for read in chosen) / busy if busy else None

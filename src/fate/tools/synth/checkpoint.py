@@ -1,7 +1,7 @@
 """Checkpoints of full-size models with random weights, as the hub has them: to measure conversion without a download.
 
 Names, shapes and dtypes are those `save_pretrained` would write (experts apart, one tensor each; safetensors shards
-with an index), found on the meta device. Values are drawn as `synth.py` draws a store's, so that the store converted
+with an index), found on the meta device. Values are drawn as `store.py` draws a store's, so that the store converted
 from it routes alike. One block of a tensor is in memory at a time.
 
 >>> synth_checkpoint("qwen1.5-moe-a2.7b", Path("qwen"), num_layers=2)
@@ -29,8 +29,8 @@ from fate.errors import DiskFullError, OutputExistsError, UsageError
 from fate.fileio import drop_cache
 from fate.models.adapter import build_meta_model
 from fate.store.tensorfile import TensorEntry, TensorFileLayout
-from fate.synth import Noise, pair_tokenizer, synth_config
-from fate.synth_routing import ROUTINGS, STD, UniformRouting
+from fate.tools.synth.routing import ROUTINGS, STD, UniformRouting
+from fate.tools.synth.store import Noise, pair_tokenizer, synth_config
 from fate.units import MIB, format_bytes
 
 SHARD_BYTES = 4 * 10**9
@@ -48,7 +48,7 @@ def synth_checkpoint(
 ) -> Path:
     """Write a bfloat16 checkpoint of random weights of the shapes of `name` (one of MODELS) at `out`; returns `out`.
 
-    num_layers: the model's own unless given. routing: "real" or "uniform", see `synth_routing`. Memory stays under a
+    num_layers: the model's own unless given. routing: "real" or "uniform", see `routing.py`. Memory stays under a
     few hundred MiB; what was written is removed where it cannot be finished.
     Raises UnknownNameError, UsageError, OutputExistsError or DiskFullError.
     """

@@ -42,8 +42,7 @@ class Span(NamedTuple):
     prompt: bool
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """What a router decided for one layer in one step.
 
     pairs_per_expert: expert id -> number of (token, rank) pairs routed to it with non-zero weight, most popular first.
@@ -59,7 +58,7 @@ class Routing:
     gate_weights: tuple[float, ...] = ()
     spans: tuple[Span, ...] = ()
 
-    @cached_property
+    @property
     def experts(self) -> tuple[int, ...]:
         return tuple(self.pairs_per_expert)
 

@@ -22,7 +22,7 @@ Owns no bytes, no threads, no clock; every call is made under the owner's lock.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -134,6 +134,20 @@ class ExpertCache(Generic[T]):
 
     def lookup(self, layer: int, expert: int) -> Entry[T] | None:
         return self._resident[layer].get(expert)
+
+    def resident(self, layer: int) -> Mapping[int, Entry[T]]:
+        """The experts of `layer` that are cached or staged, landed or not."""
+        return self._resident[layer]
+
+    @property
+    def num_staged(self) -> int:
+        return len(self._staged)
+
+    def touch_all(self, layer: int, experts: Iterable[int]) -> None:
+        """Cached experts of one layer were accessed, in this order."""
+        policy, first = self._pools[layer].policy, self._first[layer]
+        for expert in experts:
+            policy.on_hit(first + expert)
 
     def touch(self, entry: Entry[T]) -> None:
         """A cached expert was accessed."""

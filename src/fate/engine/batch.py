@@ -32,31 +32,31 @@ class Batch(Protocol):
         """Compute the pairs of the experts in these slots. The last call of a batch also sums."""
 
     def result(self) -> Tensor:
-        """[rows, hidden], after the last call."""
+        """[rows, ..., hidden], after the last call."""
 
 
 class RoutedBatch:
-    """Rows that `kernels.decode` has routed and keeps in its buffers."""
+    """Rows that `kernels.decode` has routed and keeps in its buffers. out: [rows, ..., hidden]."""
 
     def __init__(
-        self, half: decode.ExpertHalf, routed: decode.Routed, buffers: decode.Buffers, rows: int, add_residual: bool
+        self, half: decode.ExpertHalf, routed: decode.Routed, buffers: decode.Buffers, out: Tensor, add_residual: bool
     ) -> None:
-        self.rows = rows
+        self.rows = out.shape[0]
         self.pairs_per_expert = dict(zip(routed.experts, routed.pairs))
         self.gate_weights = tuple(routed.weights)
         self._half, self._buffers, self._add_residual = half, buffers, add_residual
-        self._out = torch.empty_like(buffers.normed[:rows])
+        self._out = out
 
     def compute(self, group: list[Slot], *, first: bool, last: bool) -> None:
         if not (group or last or (first and self._half.has_shared)):
             return
-        precisions = [_held(entry) for entry in group]
+        in_full = all(entry.precision is Precision.FULL for entry in group)
         self._half(
             self._buffers,
             self.rows,
             [entry.key.expert for entry in group],
             [entry.slot for entry in group],
-            precisions if Precision.INT2 in precisions else None,
+            None if in_full else [_held(entry) for entry in group],
             first=first,
             last=last,
             out=self._out if last else None,

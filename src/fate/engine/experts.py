@@ -80,14 +80,16 @@ class LayerRuntime:
 
     on_router.is_ours = True  # type: ignore[attr-defined]  # native calls may pass it over
 
-    def run_routed(self, routed: decode.Routed, rows: int, gate_input: Tensor | None, *, add_residual: bool) -> Tensor:
-        """The block's output [rows, hidden] of rows that were routed natively, its shared expert included; plus what
-        attention left in the buffers, if `add_residual`. gate_input [rows, hidden]: what the router saw."""
+    def run_routed(self, routed: decode.Routed, x: Tensor, *, add_residual: bool) -> Tensor:
+        """The block's output, of x's shape, for rows that were routed natively, its shared expert included; plus what
+        attention left in the buffers, if `add_residual`."""
         assert self._half is not None
         assert self._buffers is not None
-        if self._gate is not None and gate_input is not None:
+        gate_input = self._buffers.normed_of(x.shape[0])
+        if self._gate is not None and not self._gate.was_called:
             self._gate.record((gate_input,), {})
-        return self._run(RoutedBatch(self._half, routed, self._buffers, rows, add_residual), gate_input)
+        batch = RoutedBatch(self._half, routed, self._buffers, torch.empty_like(x), add_residual)
+        return self._run(batch, gate_input)
 
     def forward(
         self,
@@ -114,7 +116,7 @@ class LayerRuntime:
             and weights.dtype in DTYPE_CODES
         ):
             routed = decode.group(buffers, x, index, weights, self.num_experts)
-            return RoutedBatch(self._plain_half, routed, buffers, x.shape[0], add_residual=False)
+            return RoutedBatch(self._plain_half, routed, buffers, torch.empty_like(x), add_residual=False)
         return ExpertBatch(self._code, self._engine.pool, x, index, weights, self.num_experts)
 
     def _run(self, batch: Batch, gate_input: Tensor | None, meanwhile: Callable[[], Any] | None = None) -> Tensor:

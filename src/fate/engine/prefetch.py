@@ -75,15 +75,19 @@ class Prefetcher:
         residency.named[layer] = residency.named.get(layer, frozenset()).union(prediction.experts)
         residency.ranking[layer] = prediction.experts
         wishes = {expert: confidence for expert, confidence in prediction.ranked if confidence > 0}
-        self._wishes[layer] = wishes
+        if wishes:
+            self._wishes[layer] = wishes
+        else:
+            self._wishes.pop(layer, None)
         self._depths.pop(layer, None)
         if self._prefill:
             routing = Routing(layer, dict.fromkeys(prediction.experts, 1), tokens, prefill=True)
             missing = [expert for expert in routing.experts if not self._is_full(layer, expert)]
             self._depths[layer] = residency.precision.choose(routing, missing)
-        for entry in residency.cache.staged():
-            if entry.key.layer == layer and entry.origin is Origin.PREFETCH:
-                self._revise(entry, wishes)
+        if residency.cache.num_staged:
+            for entry in residency.cache.staged():
+                if entry.key.layer == layer and entry.origin is Origin.PREFETCH:
+                    self._revise(entry, wishes)
 
     def _is_full(self, layer: int, expert: int) -> bool:
         entry = self._residency.cache.lookup(layer, expert)
@@ -101,8 +105,10 @@ class Prefetcher:
         wishes = [(c, layer, e) for layer, experts in self._wishes.items() for e, c in experts.items()]
         if not wishes:
             return
-        wishes.sort(reverse=True)
         cache = self._residency.cache
+        if not cache.can_stage and self._weakest(max(wishes)[0] / REPLACE_RATIO) is None:
+            return
+        wishes.sort(reverse=True)
         for confidence, layer, expert in wishes:
             entry = cache.lookup(layer, expert)
             if entry is None:

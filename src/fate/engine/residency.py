@@ -53,6 +53,7 @@ class Residency:
         self.lease: Lease | None = None  # the one that is open
         self._closed = self._interrupted = False
         self._num_experts = sum(layer.num_experts for layer in header.layers)
+        self._spans: dict[tuple[int, Precision | None, Precision], tuple[int, int]] = {}
 
     def begin(self, routing: Routing) -> Lease:
         """Open a lease on the experts of `routing`, from an empty cache if the last one did not end well."""
@@ -106,7 +107,9 @@ class Residency:
 
     def transfer_to(self, entry: Slot, wanted: Precision, *, demand: bool, prefill: bool = False) -> Transfer:
         """The read that brings `entry` from what it holds to `wanted`, not queued yet."""
-        span = self.header.layout(entry.key.layer).span(entry.precision, wanted)
+        which = entry.key.layer, entry.precision, wanted
+        if (span := self._spans.get(which)) is None:
+            span = self._spans[which] = self.header.layout(which[0]).span(*which[1:])
         return Transfer(entry.key, entry.slot, *span, precision=wanted, demand=demand, prefill=prefill)
 
     def demand(self, entry: Slot, wanted: Precision, prefill: bool = False) -> None:
@@ -202,8 +205,12 @@ class Lease:
     def open(self) -> None:
         """Pin what is resident and demand the rest, the most popular first; `Residency.begin` calls this."""
         r, routing = self._residency, self.routing
-        r.expire(routing)
+        if r.cache.num_staged:
+            r.expire(routing)
         found = self._found()
+        if len(found) == len(routing.pairs_per_expert) and all(map(_is_settled, found.values())):
+            self._keep_all(found)
+            return
         missing = [e for e in routing.experts if e not in found or found[e].precision is not Precision.FULL]
         wanted = self._wanted = r.precision.choose(routing, missing)
         self._count(found)
@@ -246,23 +253,30 @@ class Lease:
 
     def _found(self) -> dict[int, Slot]:
         """The experts that are resident or on their way; a prefetch whose read failed counts as absent."""
-        r, layer, found = self._residency, self.routing.layer, {}
-        for expert in self.routing.experts:
-            entry = r.cache.lookup(layer, expert)
+        r, found = self._residency, {}
+        resident = r.cache.resident(self.routing.layer)
+        for expert in self.routing.pairs_per_expert:
+            entry = resident.get(expert)
             if entry is not None and (entry.transfer is None or r.settle(entry)):
                 found[expert] = entry
         return found
+
+    def _keep_all(self, found: dict[int, Slot]) -> None:
+        """Every expert is cached in full: each is a hit, and as nothing is read, nothing must be pinned."""
+        r, routing, s = self._residency, self.routing, self.stats
+        s.first_accesses += r.accounting.first_accesses(routing)
+        s.accesses += len(found)
+        s.hits += len(found)
+        self._count_prediction(routing.experts)
+        r.cache.touch_all(routing.layer, reversed(found))  # so that the most popular is the most recent
+        self._ready = list(found.values())
 
     def _count(self, found: Mapping[int, Slot]) -> None:
         """One access for each expert. A hit is resident, at the precision wanted, when the layer asks."""
         r, routing, s, wanted = self._residency, self.routing, self.stats, self._wanted
         experts = routing.experts
         s.first_accesses += r.accounting.first_accesses(routing)
-        named = r.named.pop(routing.layer, frozenset())
-        first_k = r.ranking.pop(routing.layer, ())[: len(experts)]
-        if named:
-            s.asked += len(experts)
-            s.recalled += sum(expert in first_k for expert in experts)
+        named = self._count_prediction(experts)
         s.accesses += len(experts)
         for expert in experts:
             entry = found.get(expert)
@@ -275,6 +289,15 @@ class Lease:
                 s.prefetch_hits += enough
                 s.late_prefetches += not enough
                 s.prefetch_used_bytes += self._prefetched_bytes(entry, wanted[expert])
+
+    def _count_prediction(self, experts: tuple[int, ...]) -> frozenset[int]:
+        """What had been predicted for the layer."""
+        named = self._residency.named.pop(self.routing.layer, frozenset())
+        if named:
+            first_k = self._residency.ranking.pop(self.routing.layer)[: len(experts)]
+            self.stats.asked += len(experts)
+            self.stats.recalled += sum([expert in first_k for expert in experts])
+        return named
 
     def _prefetched_bytes(self, entry: Slot, wanted: Precision) -> int:
         """What of a prefetch had been read before its layer was known to want it."""
@@ -354,3 +377,8 @@ class Lease:
             r.cache.pinned.discard(entry.key)
             if entry.staged:
                 r.drop_staged(entry)
+
+
+def _is_settled(entry: Slot) -> bool:
+    """Whether the expert is cached in full, so that its use changes nothing but the order of eviction."""
+    return entry.precision is Precision.FULL and entry.transfer is None and not entry.staged

@@ -26,8 +26,8 @@ Clock = Callable[[], float]
 class CurrentStep(threading.local):
     """The step under way in this thread.
 
-    spans: which rows belong to which sequence. native: whether layers may go by native calls. rotary: the position
-    embeddings that a layer of this step has checked already.
+    spans: which rows belong to which sequence. native: whether layers may go by native calls. rotary,
+    num_arguments: the position embeddings that a layer of this step was called with, and how many arguments.
     """
 
     def __init__(self, lock: threading.RLock) -> None:
@@ -35,6 +35,7 @@ class CurrentStep(threading.local):
         self.spans: tuple[Span, ...] = ()
         self.native = False
         self.rotary: object = None
+        self.num_arguments = 0
         self.began_s: float | None = None
 
     @property

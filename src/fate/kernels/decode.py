@@ -109,6 +109,8 @@ class Buffers:
         self.normed = torch.zeros(rows, hidden, dtype=dtype)
         self.logits = torch.zeros(rows, num_experts, dtype=dtype)
         self.indices = torch.zeros(rows, top_k, dtype=torch.int64)
+        self._normed_of = [self.normed[:count] for count in range(rows + 1)]
+        self._rotary: tuple[object, tuple[int, int, int, int]] = (None, (0, 0, 0, 0))
         self._shared = torch.zeros(rows, hidden, dtype=dtype)
         self._scores = torch.zeros(rows, top_k)
         self._pair_rows = torch.zeros(rows, top_k, hidden)
@@ -117,6 +119,20 @@ class Buffers:
         self.native: Any = native.extension().Buffers.make(
             rows, hidden, top_k, num_experts, dtype_code(dtype), addresses
         )
+
+    def normed_of(self, rows: int) -> Tensor:
+        """The first rows of `normed`."""
+        return self._normed_of[rows]
+
+    def rotary_address(self, rotary: tuple[Tensor, Tensor], rows: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+        """Of cos and sin [rows or 1, 1, dim]; all layers of a step have the same."""
+        if self._rotary[0] is not rotary:
+            cos, sin = rotary
+            if cos.dtype is not dtype or sin.dtype is not dtype or cos.shape[0] not in (1, rows):
+                raise ValueError(f"cos and sin must be {dtype} [{rows} or 1, 1, dim], not {tuple(cos.shape)}")
+            step = cos.shape[-1] if cos.shape[0] > 1 else 0
+            self._rotary = rotary, (cos.data_ptr(), sin.data_ptr(), cos.shape[-1], step)
+        return self._rotary[1]
 
 
 class AttentionHalf:
@@ -155,17 +171,14 @@ class AttentionHalf:
     def __call__(self, buffers: Buffers, x: Tensor, rotary: tuple[Tensor, Tensor], kv: KVRows) -> Routed | None:
         """x [rows, 1, hidden]; rotary: cos and sin [rows or 1, 1, dim]: the first dim elements of a head are rotated in
         halves. The new keys and values are written to the cache. None without a router."""
-        cos, sin = rotary
-        if x.dtype is not self._dtype or cos.dtype is not self._dtype or sin.dtype is not self._dtype:
-            raise ValueError(f"this layer takes {self._dtype}, not {x.dtype}, {cos.dtype} and {sin.dtype}")
-        rows, dim = len(kv.keys), cos.shape[-1]
-        if x.shape[0] != rows or cos.shape[0] not in (1, rows) or not x.is_contiguous():
-            raise ValueError(f"x {tuple(x.shape)} and cos {tuple(cos.shape)} are not of {rows} rows")
+        rows = len(kv.keys)
+        if x.dtype is not self._dtype or x.shape[0] != rows or not x.is_contiguous():
+            raise ValueError(f"x must be contiguous {self._dtype} of {rows} rows, not {x.dtype} {tuple(x.shape)}")
         routed = self._native.run(
             buffers.native,
             self._router,
             x.data_ptr(),
-            (cos.data_ptr(), sin.data_ptr(), dim, dim if cos.shape[0] > 1 else 0),
+            buffers.rotary_address(rotary, rows, self._dtype),
             list(zip(kv.keys, kv.values, kv.starts, kv.lengths)),
             kv.key_strides,
             kv.value_strides,

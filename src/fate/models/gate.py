@@ -36,6 +36,11 @@ class RouterGate:
         self._broken = False
         self._text = digest(own_class(router).forward)
 
+    @property
+    def was_called(self) -> bool:
+        """Whether it is known how the model calls this router."""
+        return self._seen is not None
+
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Remember how the model calls this router; returns the gate input."""
         kwargs = dict(kwargs)

@@ -45,6 +45,7 @@ class PlannedLayer(DynamicLayer):
         self._buffers: dict[str, torch.Tensor] = {}
         self._tokens: int | None = None  # of the buffers; None: `_given` counts
         self._given: dict[str, torch.Tensor | None] = {}
+        self._places: tuple[Any, ...] | None = None  # of the buffers' rows, once they were asked for
         super().__init__()
 
     @property
@@ -86,6 +87,7 @@ class PlannedLayer(DynamicLayer):
         held = self.get_seq_length()
         if self._tokens is None or held + key_states.shape[-2] > self._positions():
             self._give_all()
+            self._places = None
             for name, new in states.items():
                 self._buffers[name] = self._buffer(name, held, new)
                 del self._given[name]  # one by one: what is copied is freed before the next buffer is made
@@ -100,16 +102,10 @@ class PlannedLayer(DynamicLayer):
         keys, values = self._buffers["keys"], self._buffers["values"]
         if keys.shape[0] != rows or keys.dtype != dtype or not keys.is_cpu:
             return None
-        key_strides, value_strides, item = keys.stride(), values.stride(), keys.element_size()
-        key, value = keys.data_ptr(), values.data_ptr()
-        return KVRows(
-            [key + row * key_strides[0] * item for row in range(rows)],
-            [value + row * value_strides[0] * item for row in range(rows)],
-            (key_strides[1], key_strides[2]),
-            (value_strides[1], value_strides[2]),
-            [0] * rows,
-            [self._tokens + 1] * rows,
-        )
+        if self._places is None:
+            self._places = _rows_of(keys), _rows_of(values), keys.stride()[1:3], values.stride()[1:3], [0] * rows
+        keys_of, values_of, key_strides, value_strides, starts = self._places
+        return KVRows(keys_of, values_of, key_strides, value_strides, starts, [self._tokens + 1] * rows)
 
     def advance(self) -> None:
         """The next position of every sequence was written."""
@@ -117,7 +113,7 @@ class PlannedLayer(DynamicLayer):
         self._tokens += 1
 
     def reset(self) -> None:
-        self._buffers = {}
+        self._buffers, self._places = {}, None
         super().reset()
 
     def _positions(self) -> int:
@@ -151,6 +147,12 @@ class PlannedLayer(DynamicLayer):
         if tokens and held is not None:
             buffer[..., :tokens, :] = held
         return buffer
+
+
+def _rows_of(buffer: torch.Tensor) -> list[int]:
+    """The address of each sequence's first head and position."""
+    step = buffer.stride(0) * buffer.element_size()
+    return [buffer.data_ptr() + row * step for row in range(buffer.shape[0])]
 
 
 def _starts(buffer: torch.Tensor, view: torch.Tensor | None) -> bool:

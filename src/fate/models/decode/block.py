@@ -32,8 +32,8 @@ class ExpertLayer(Protocol):
 
     lock: Any
 
-    def run_routed(self, routed: decode.Routed, rows: int, gate_input: Tensor | None, *, add_residual: bool) -> Tensor:
-        """The block's output [rows, hidden] of what `Buffers` holds after routing."""
+    def run_routed(self, routed: decode.Routed, x: Tensor, *, add_residual: bool) -> Tensor:
+        """The block's output, of x's shape, for what `Buffers` holds after routing."""
 
     def forward(
         self, x: Tensor, indices: Tensor, weights: Tensor, meanwhile: Callable[[], Tensor] | None = None
@@ -119,7 +119,7 @@ class NativeBlock:
             else:
                 _, weights, indices = self._gate(x[None])
                 routed = decode.group(self._buffers, x, indices, weights, self._num_experts)
-            return self._layer.run_routed(routed, x.shape[0], x, add_residual=False)
+            return self._layer.run_routed(routed, x, add_residual=False)
 
 
 def own_function(experts: nn.Module) -> bool:

@@ -67,7 +67,8 @@ class NativeLayer:
             routed = self._attend(buffers, x, given["position_embeddings"], place)
             cached.advance()
             if routed is not None:
-                return self._layer.run_routed(routed, rows, buffers.normed[:rows], add_residual=True).view(x.shape)
+                out: Tensor = self._layer.run_routed(routed, x, add_residual=True)
+                return out
             residual, normed = (held[:rows].view(x.shape).clone() for held in (buffers.residual, buffers.normed))
         out = self._mlp(normed)
         return residual + (out[0] if isinstance(out, tuple) else out)
@@ -78,14 +79,13 @@ class NativeLayer:
             return 0
         if x.dtype is not self._dtype or not x.is_contiguous() or given.get("attention_mask") is not None:
             return 0
-        for name, value in given.items():
-            if name not in _HARMLESS and value is not None and value is not False:
+        rows, rotary = x.shape[0], given.get("position_embeddings")
+        # Layers of one step are called alike: what one has found out holds for the others.
+        if rotary is None or rotary is not self._step.rotary or len(given) != self._step.num_arguments:
+            if rows > decode.MAX_ROWS or not self._is_rotary(rotary, rows) or not all(map(_is_harmless, given.items())):
                 return 0
-        rows = x.shape[0]
-        rotary = given.get("position_embeddings")
-        known = rotary is self._step.rotary or self._is_rotary(rotary, rows)
-        self._step.rotary = rotary if known else None
-        return rows if known and rows <= decode.MAX_ROWS and not records_outputs() else 0
+            self._step.rotary, self._step.num_arguments = rotary, len(given)
+        return 0 if records_outputs() else rows
 
     def _is_rotary(self, rotary: Any, rows: int) -> bool:
         """Whether it is cos and sin [rows or 1, 1, dim] of an even dim that fits a head."""
@@ -100,6 +100,11 @@ class NativeLayer:
             and cos.shape[2] <= self._head_dim
             and cos.shape[2] % 2 == 0
         )
+
+
+def _is_harmless(argument: tuple[str, Any]) -> bool:
+    name, value = argument
+    return name in _HARMLESS or value is None or value is False
 
 
 def adopt_layers(model: nn.Module, watch: Watch) -> None:

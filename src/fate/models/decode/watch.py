@@ -37,11 +37,12 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether native calls must be built anew."""
-        return (
-            self._changed
-            or any(tensor.data_ptr() != address for tensor, address in self._tensors)
-            or any(len(hooks) != count for hooks, count in self._hooked)
-        )
+        if self._changed:
+            return True
+        for tensor, address in self._tensors:
+            if tensor.data_ptr() != address:
+                return True
+        return any(len(hooks) != count for hooks, count in self._hooked)
 
 
 class Watched(nn.Module):

@@ -30,7 +30,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.attention = self.experts = self.routed = 0
-        attend, compute, route = decode.AttentionHalf.__call__, decode.ExpertHalf.__call__, decode.route
+        attend, compute, route = decode.AttentionHalf.__call__, decode.ExpertHalf.__call__, decode.RouterCall.__call__
 
         def counted_attention(*args: Any, **kwargs: Any) -> Any:
             self.attention += 1
@@ -46,7 +46,7 @@ class Calls:
 
         monkeypatch.setattr(decode.AttentionHalf, "__call__", counted_attention)
         monkeypatch.setattr(decode.ExpertHalf, "__call__", counted_experts)
-        monkeypatch.setattr(decode, "route", counted_route)
+        monkeypatch.setattr(decode.RouterCall, "__call__", counted_route)
 
     def reset(self) -> None:
         self.attention = self.experts = self.routed = 0

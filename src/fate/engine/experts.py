@@ -70,7 +70,8 @@ class LayerRuntime:
             shared=shared,
             pool=self._engine.pool.tensor,
             slot_bytes=self._engine.pool.slot_bytes,
-            dtype=buffers.normed.dtype,
+            hidden=buffers.hidden,
+            dtype=buffers.dtype,
         )
 
     def on_router(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -112,7 +113,7 @@ class LayerRuntime:
             and buffers is not None
             and x.shape[0] <= decode.MAX_ROWS
             and x.dtype is buffers.normed.dtype
-            and index.shape[1] <= buffers.indices.shape[1]
+            and index.shape[1] <= buffers.top_k
             and weights.dtype in DTYPE_CODES
         ):
             routed = decode.group(buffers, x, index, weights, self.num_experts)

@@ -179,3 +179,110 @@ def unchanged(
     sizes: tuple[tuple[dict[object, object], int], ...],
     tensors: tuple[tuple[object, int], ...],
 ) -> bool: ...
+
+class Norm:
+    def __init__(self, weight: int, cols: int, eps: float, round_before_scale: bool) -> None: ...
+
+class PackedMatrix:
+    def __init__(self, record: Record, packed: int, bias: int) -> None: ...
+
+class Router:
+    def __init__(
+        self, weight: int, experts: int, hidden: int, top_k: int, renormalize: bool, score_dtype: int
+    ) -> None: ...
+
+class SharedExpert:
+    def __init__(self, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix, share: int) -> None: ...
+
+RoutedLists = tuple[list[int], list[int], list[float]]
+
+class Buffers:
+    def __init__(
+        self,
+        rows: int,
+        hidden: int,
+        top_k: int,
+        num_experts: int,
+        dtype: int,
+        residual: int,
+        normed: int,
+        logits: int,
+        scores: int,
+        indices: int,
+    ) -> None: ...
+    def route(self, router: Router, x: int, rows: int, threads: int) -> RoutedLists: ...
+    def choose(
+        self, x: int, rows: int, indices: int, weights: int, weights_dtype: int, top_k: int, num_experts: int
+    ) -> RoutedLists: ...
+
+class AttentionHalf:
+    def __init__(
+        self,
+        input_norm: Norm,
+        post_norm: Norm,
+        query: PackedMatrix,
+        key: PackedMatrix,
+        value: PackedMatrix,
+        output: PackedMatrix,
+        query_norm: Norm,
+        key_norm: Norm,
+        head_dim: int,
+        scale: float,
+        dtype: int,
+    ) -> None: ...
+    def run(
+        self,
+        buffers: Buffers,
+        router: Router | None,
+        x: int,
+        rows: int,
+        rotary: tuple[int, int, int, bool],
+        kv: tuple[
+            Sequence[int], Sequence[int], tuple[int, int], tuple[int, int], Sequence[int], Sequence[int]
+        ],  # decode.KVRows
+        threads: int,
+    ) -> RoutedLists | None: ...
+
+class ExpertHalf:
+    def __init__(
+        self,
+        record: Record,
+        activation: ExpertActivation,
+        biases: tuple[int, int, int, int],  # both addresses, dtype, experts
+        shared: SharedExpert | None,
+        pool: int,
+        pool_bytes: int,
+        slot_bytes: int,
+        hidden: int,
+        dtype: int,
+    ) -> None: ...
+    def run(
+        self,
+        buffers: Buffers,
+        rows: int,
+        experts: Sequence[int],
+        slots: Sequence[int],
+        precisions: Sequence[int],
+        first: bool,
+        last: bool,
+        out: int,
+        add_residual: bool,
+        threads: int,
+    ) -> None: ...
+
+def norm_rows(norm: Norm, x: int, dtype: int, rows: int, out: int, threads: int) -> None: ...
+def route_rows(
+    router: Router, x: int, dtype: int, tokens: int, logits: int, scores: int, indices: int, threads: int
+) -> None: ...
+def multiply_rows(
+    weights: int, x: int, dtype: int, rows: int, cols: int, tokens: int, out: int, threads: int
+) -> None: ...
+def rank_rows(
+    weights: int, x: int, dtype: int, experts: int, hidden: int, tokens: int, limit: int, threads: int
+) -> list[list[tuple[int, float]]]: ...
+def gated_rows(
+    gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix, x: int, dtype: int, tokens: int, out: int, threads: int
+) -> None: ...
+def add_gated_rows(
+    experts: int, shared: int, x: int, share: int, dtype: int, tokens: int, hidden: int, out: int, threads: int
+) -> None: ...

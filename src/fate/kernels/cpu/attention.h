@@ -1,5 +1,5 @@
-// Attention of one new token of each sequence over its KV cache: softmax(scale * q k^T) v, in float32 whatever the cache
-// holds.
+// Attention of new tokens, each over the KV cache of its own sequence: softmax(scale * q k^T) v, in float32 whatever the
+// cache holds.
 #pragma once
 
 #include <cstdint>
@@ -8,20 +8,21 @@
 
 namespace fate {
 
-// Elements from one head and position to the next; within a position they are contiguous.
+// Elements from one key-value head and position to the next; within a position they are contiguous.
 struct CacheStrides {
     int64_t head, position;
 };
 
-// One sequence's cache: where head 0, position 0 is. The new token attends to positions [start, length).
-struct KVRow {
+// Where a row's keys and values are: those of head 0 at the first position it attends to, and how many positions follow
+// from there, the row's own included.
+struct CacheRow {
     void *keys, *values;
-    int64_t start, length;
+    int64_t length;
 };
 
 struct AttentionCall {
-    const void* q;    // [rows, heads, key_dim], contiguous
-    const KVRow* kv;  // [rows]
+    const void* q;          // [rows, heads, key_dim], contiguous
+    const CacheRow* cache;  // [rows]
     CacheStrides key_strides, value_strides;
     DType dtype;  // of q, keys, values and out
     int64_t rows, heads, kv_heads;
@@ -31,7 +32,11 @@ struct AttentionCall {
     int threads;
 };
 
-// Query head h reads the keys and values of head h / (heads / kv_heads). A row's result depends on nothing but the row.
+// Query head h reads the keys and values of head h / (heads / kv_heads). A row's result depends on nothing but the row:
+// its positions are cut into blocks by their number alone, and blocks are joined in order.
 void attend(const AttentionCall& call);
+
+// Bytes of scratch of a call of any number of rows and positions, on this many threads.
+int64_t attention_scratch_bytes(int64_t heads, int64_t kv_heads, int key_dim, int value_dim, int threads);
 
 }  // namespace fate

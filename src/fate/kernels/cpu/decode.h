@@ -1,105 +1,142 @@
-// A decoder layer of a few rows, each a new token of its own sequence, in two calls: attention and routing; experts and
-// sum. Between them the caller brings the experts that were chosen into memory. What the functions joined give, bit for
-// bit, whatever rows share a call and in whatever groups the experts arrive.
+// A decoder layer for a few rows, each the new token of a sequence of its own, in two calls:
+//
+//   attention_half   residual = x + attention(input_norm(x)), normed = post_norm(residual), and the router's choice
+//   ExpertHalf::run  the experts chosen, in as many calls as their weights arrive in; the last one sums everything up
+//
+// DecodeBuffers carry what the second call takes from the first. A row gets the bits that the functions joined here
+// (fused.h, attention.h, gate.h, linear.h, rows.h) give for it alone. What does not fit throws std::invalid_argument.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "attention.h"
 #include "expert_activation.h"
+#include "fused.h"
+#include "gate.h"
 #include "layout.h"
 #include "numeric.h"
-#include "ops.h"
 
 namespace fate {
 
-// What routing says of all rows: distinct experts, the most pairs first, of equals the lower number.
-struct Routed {
-    std::vector<int> experts, pairs;
-    std::vector<float> weights;  // sum over an expert's pairs
-};
-
-// Memory between the two calls, one for all layers. Pointers are the caller's.
-struct Buffers {
-    int64_t rows;  // at most
-    int hidden, top_k, experts;
-    DType dtype;
-    void *residual, *normed;  // [rows, hidden]: x + attention, and the block's input
-    void* shared;             // [rows, hidden]: what the shared expert gave
-    void* logits;             // [rows, experts], of `dtype`
-    void* scores;             // [rows, top_k], enough for float32
-    int64_t* indices;         // [rows, top_k]
-    float* pair_rows;         // [rows, top_k, hidden]: an expert's output for a row
-    // Set by `group`: ranks of a row in this layer; weights [rows, ranks], zero where nobody computes; pairs of (row,
-    // rank) sorted by expert, and where each expert's begin.
-    int ranks = 0;
-    std::vector<float> weights;
-    std::vector<int32_t> pairs, first;
-};
-
-// Group rows by expert. indices and weights [rows, ranks]; pairs of weight zero, and those whose index is no expert's,
-// are dropped.
-Routed group(Buffers& buffers, int64_t rows, int ranks, int experts, const int64_t* indices, const void* weights,
-             DType weights_dtype);
-
-struct Router {
-    const void* weight;  // [experts, hidden], of the activations' dtype
-    int experts, top_k;
-    bool renormalize;
-    DType score_dtype;
-};
-
-// Route buffers.normed.
-Routed route_buffers(const Router& router, Buffers& buffers, int64_t rows, int threads);
-
-// The first call of a layer: residual = x + attention of input_norm(x), normed = post_norm of that.
 struct AttentionHalf {
-    Norm input_norm, post_norm;  // over all of `hidden`
-    Linear query, key, value, output;
-    Norm query_norm, key_norm;  // over each head, or over all of them; weight null: none
+    Norm input_norm, post_norm;     // over all of `hidden`
+    Projection query, key, value;   // where they go is set by the call
+    Dense output;
     int head_dim;
     float scale;
     DType dtype;
 
+    int hidden() const { return query.matrix.cols; }
     int64_t heads() const { return query.matrix.rows / head_dim; }
     int64_t kv_heads() const { return key.matrix.rows / head_dim; }
 };
 
-// x [rows, hidden]; each row's keys and values are written at position length - 1 of its cache.
-void attend_half(const AttentionHalf& half, Buffers& buffers, const void* x, int64_t rows, const Rotary& rotary,
-                 const KVRow* kv, CacheStrides key_strides, CacheStrides value_strides, int threads);
-
-// An MLP that every row passes: its output counts sigmoid(x . share) times, or once where share is null.
-struct SharedExpert {
-    Matrix gate, up, down;
-    const void* share;  // [hidden]
+struct AttentionStep {
+    const void* x;  // [rows, hidden]
+    int64_t rows;
+    Rotary rotary;
+    const CacheRow* cache;  // [rows]; the row's own keys and values are written to its last position
+    CacheStrides key_strides, value_strides;
+    void *residual, *normed;  // [rows, hidden]
+    int threads;
 };
 
-// The second call of a layer, or one of several, as experts arrive.
+void attention_half(const AttentionHalf& half, const AttentionStep& step);
+
+// What the routing of some rows says. Pairs of a row and a rank count that have an expert and a weight other than zero.
+struct Routed {
+    std::vector<int> experts;     // distinct, those of most pairs first, of equals the lower number
+    std::vector<int> pairs;       // of each
+    std::vector<double> weights;  // summed over its pairs
+};
+
+// What is between the two calls, for up to max_rows rows; reused by every layer.
+class DecodeBuffers {
+  public:
+    // The caller's memory: residual and normed [max_rows, hidden] and logits [max_rows, max_experts] of `dtype`, scores
+    // [max_rows, max_top_k] with room for float32, indices of the same shape.
+    struct Memory {
+        void *residual, *normed, *logits, *scores;
+        int64_t* indices;
+    };
+
+    DecodeBuffers(int64_t max_rows, int hidden, int64_t max_top_k, int64_t max_experts, DType dtype,
+                  const Memory& memory);
+
+    // A router's choice for the rows in `normed`.
+    Routed route(const Router& router, int64_t rows, int threads);
+    // Another one's: indices and weights [rows, top_k]. An index outside of [0, num_experts) is nobody's.
+    Routed choose(const int64_t* indices, const void* weights, DType weights_dtype, int64_t rows, int64_t top_k,
+                  int64_t num_experts);
+    // x [rows, hidden] -> normed, for a block whose attention is not ours.
+    void set_normed(const void* x, int64_t rows);
+
+    void require_rows(int64_t rows) const;
+    int hidden() const { return hidden_; }
+    DType dtype() const { return dtype_; }
+    void* residual() const { return memory_.residual; }
+    void* normed() const { return memory_.normed; }
+
+  private:
+    friend struct ExpertHalf;
+
+    struct Pairs {
+        int first, count;
+        bool left;  // to be computed
+    };
+
+    Routed group(int64_t rows, int64_t top_k, int64_t num_experts);
+
+    int64_t max_rows_, max_top_k_, max_experts_;
+    int hidden_;
+    DType dtype_;
+    Memory memory_;
+    // The last routing.
+    int64_t rows_ = 0, top_k_ = 0;
+    std::vector<float> weights_;      // [rows, top_k]; zero where the pair does not count
+    std::vector<Pairs> of_expert_;    // [max_experts]
+    std::vector<int32_t> pairs_;      // (row, rank), expert after expert
+    std::vector<int32_t> own_pairs_;  // those of one call
+    std::vector<float> expert_rows_;  // [rows, top_k, hidden]
+    std::vector<char> shared_;        // [rows, hidden]: what the shared expert gives
+    int left_ = 0;                    // experts to be computed
+    bool has_shared_ = false;
+};
+
+// An MLP that every row passes: its output counts sigmoid(x . share) times, or as it is.
+struct SharedExpert {
+    Dense gate, up, down;
+    const void* share;  // [hidden] or null
+};
+
+// Experts that were chosen and arrived: their numbers, the slots of the pool they are in, and whether each is read to
+// INT2 depth (null: none is).
+struct Arrived {
+    const int64_t *experts, *slots;
+    const uint8_t* prefix_only;
+    int64_t count;
+};
+
 struct ExpertHalf {
     Record record;
     ExpertActivation activation;
-    const void *up_bias, *down_bias;  // [experts, rows] or null
+    const void *up_bias, *down_bias;  // [biased, rows] of bias_dtype, or null
     DType bias_dtype;
-    int64_t bias_experts;
+    int64_t biased;
     bool has_shared;
     SharedExpert shared;
     const uint8_t* pool;
     int64_t slot_bytes, num_slots;
     int hidden;
     DType dtype;
-};
 
-struct Resident {
-    int expert;
-    int64_t slot;
-    bool prefix_only;
-};
+    // first: computes the shared expert too. last: sums up -> out [rows, hidden], with the residual if add_residual.
+    void run(DecodeBuffers& buffers, int64_t rows, const Arrived& arrived, bool first, bool last, void* out,
+             bool add_residual, int threads) const;
 
-// first: the shared expert is computed too. last: rows are summed in rank order, the shared expert's output is added,
-// and buffers.residual if add_residual -> out [rows, hidden].
-void run_experts(const ExpertHalf& half, Buffers& buffers, int64_t rows, const std::vector<Resident>& experts,
-                 bool first, bool last, bool add_residual, void* out, int threads);
+  private:
+    void compute(DecodeBuffers& buffers, const Arrived& arrived, int threads) const;
+    void sum_up(DecodeBuffers& buffers, void* out, bool add_residual, int threads) const;
+};
 
 }  // namespace fate

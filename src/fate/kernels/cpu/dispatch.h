@@ -1,36 +1,45 @@
-// The three types of activations, for code that is written once for all of them.
+// One body for three element types: dispatch(dtype, [&](auto type) FATE_INLINED { ... type.load(x) ... }).
+//
+// A body is inlined into its caller by force. What a function marked FATE_CLONES calls would otherwise run the plain
+// instruction set.
 #pragma once
 
-#include <type_traits>
+#include <cstdint>
 
 #include "numeric.h"
 
+#define FATE_INLINED __attribute__((always_inline))
+
 namespace fate {
 
-struct Float32 {
-    using Item = float;
-    static inline float to_float(float value) { return value; }
-    static inline float from_float(float value) { return value; }
+struct OfFloat32 {
+    using Element = float;
+    FATE_INLINED static float load(float value) { return value; }
+    FATE_INLINED static float round(float value) { return value; }
 };
 
-struct BFloat16 {
-    using Item = uint16_t;
-    static inline float to_float(uint16_t value) { return bfloat16_to_float(value); }
-    static inline uint16_t from_float(float value) { return float_to_bfloat16(value); }
+struct OfBFloat16 {
+    using Element = uint16_t;
+    FATE_INLINED static float load(uint16_t value) { return bfloat16_to_float(value); }
+    FATE_INLINED static uint16_t round(float value) { return float_to_bfloat16(value); }
 };
 
-struct Float16 {
-    using Item = uint16_t;
-    static inline float to_float(uint16_t value) { return half_to_float(value); }
-    static inline uint16_t from_float(float value) { return float_to_half(value); }
+struct OfFloat16 {
+    using Element = uint16_t;
+    FATE_INLINED static float load(uint16_t value) { return half_to_float(value); }
+    FATE_INLINED static uint16_t round(float value) { return float_to_half(value); }
 };
 
-// body(Type()) for the type that dtype names. Inlined by force: what is called from a clone must be compiled in it.
-template <typename F>
-__attribute__((always_inline)) inline auto dispatch(DType dtype, const F& body) {
-    if (dtype == DType::kFloat32) return body(Float32());
-    if (dtype == DType::kBFloat16) return body(BFloat16());
-    return body(Float16());
+template <typename Body>
+FATE_INLINED inline void dispatch(DType dtype, const Body& body) {
+    switch (dtype) {
+        case DType::kFloat32:
+            return body(OfFloat32());
+        case DType::kBFloat16:
+            return body(OfBFloat16());
+        case DType::kFloat16:
+            return body(OfFloat16());
+    }
 }
 
 }  // namespace fate

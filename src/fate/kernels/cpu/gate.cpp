@@ -4,140 +4,139 @@
 #include <cmath>
 #include <numeric>
 
-#include "dispatch.h"
-#include "ops.h"
 #include "tokens.h"
 
 namespace fate {
 
 namespace {
 
-constexpr int kSumLanes = 16;
-constexpr int kRows = 4;           // multiplied at once, so that sums do not wait for one another
-constexpr int kItemRows = 8;       // of one thread's item
-constexpr int64_t kTokenBlock = 32;  // tokens held as floats at a time
-constexpr int64_t kMinShared = 1 << 15;  // weights times tokens that are worth a helper
+constexpr int kItemRows = 8;
+constexpr int64_t kFewTokens = 16;         // converted together, and all they are shared out by rows
+constexpr int64_t kMaxTokens = 512;        // whose logits are kept at a time
+constexpr int64_t kMinShared = 1 << 15;    // weights that are worth a helper: a router's are read from memory
+constexpr int64_t kFewChoices = 1 << 10;   // logits chosen from sooner than a helper comes
 
-// `count` rows of weights times one token.
-template <typename Type, int count>
-__attribute__((always_inline)) inline void dot(const typename Type::Item* weights, const float* x, int n, float* out) {
-    float lanes[count][kSumLanes] = {};
-    int i = 0;
-    for (; i + kSumLanes <= n; i += kSumLanes) {
-        for (int r = 0; r < count; ++r) {
-            const auto* row = weights + static_cast<int64_t>(r) * n + i;
-            for (int lane = 0; lane < kSumLanes; ++lane) lanes[r][lane] += Type::to_float(row[lane]) * x[i + lane];
-        }
-    }
-    for (int r = 0; r < count; ++r) {
-        float sum = 0.0f;
-        for (int lane = 0; lane < kSumLanes; ++lane) sum += lanes[r][lane];
-        for (int at = i; at < n; ++at) sum += Type::to_float(weights[static_cast<int64_t>(r) * n + at]) * x[at];
-        out[r] = sum;
-    }
+const void* element(const void* base, DType dtype, int64_t index) {
+    return static_cast<const char*>(base) + index * item_bytes(dtype);
 }
 
-template <typename Type>
-__attribute__((always_inline)) inline void products(const void* weights, const float* x, int rows, int cols,
-                                                    float* out) {
-    const auto* row = static_cast<const typename Type::Item*>(weights);
-    int r = 0;
-    for (; r + kRows <= rows; r += kRows, row += static_cast<int64_t>(kRows) * cols)
-        dot<Type, kRows>(row, x, cols, out + r);
-    for (; r < rows; ++r, row += cols) dot<Type, 1>(row, x, cols, out + r);
-}
+void* element(void* base, DType dtype, int64_t index) { return static_cast<char*>(base) + index * item_bytes(dtype); }
 
-FATE_CLONES void multiply_rows(const void* weights, const float* x, DType dtype, int rows, int cols, float* out) {
-    if (dtype == DType::kFloat32) products<Float32>(weights, x, rows, cols, out);
-    else if (dtype == DType::kBFloat16) products<BFloat16>(weights, x, rows, cols, out);
-    else products<Float16>(weights, x, rows, cols, out);
-}
-
-// Calls done(first token, tokens, floats [tokens, rows]) for one block of tokens after the other.
-template <typename Done>
-void multiply(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, int threads,
-              const Done& done) {
-    const int64_t block = std::min(tokens, kTokenBlock);
-    Scratch& scratch = Scratch::reserve(Scratch::rounded(block * cols * sizeof(float)) +
-                                        Scratch::rounded(block * rows * sizeof(float)));
-    float *input = scratch.take<float>(block * cols), *out = scratch.take<float>(block * rows);
-    const int items = (rows + kItemRows - 1) / kItemRows;
-    for (int64_t first = 0; first < tokens; first += block) {
-        const int64_t count = std::min(block, tokens - first);
-        load_floats(element(x, dtype, first * cols), dtype, count * cols, input);
-        const int team = static_cast<int64_t>(rows) * cols * count < kMinShared ? 1 : threads;
-        parallel_for(items, team, [&](int64_t item, int) {
-            const int row = static_cast<int>(item) * kItemRows, some = std::min(kItemRows, rows - row);
-            const void* own = element(weights, dtype, static_cast<int64_t>(row) * cols);
-            for (int64_t t = 0; t < count; ++t) multiply_rows(own, input + t * cols, dtype, some, cols, out + t * rows + row);
+// x [tokens, cols] times weights [rows, cols], both of `dtype` -> out [tokens, rows].
+void multiply(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, float* out,
+              int threads) {
+    const int64_t own = std::min(tokens, kFewTokens) * cols, chunks = (tokens + kFewTokens - 1) / kFewTokens;
+    if (rows * static_cast<int64_t>(cols) * tokens < kMinShared) threads = 1;
+    if (chunks <= 1) {
+        float* floats = Scratch::reserve(Scratch::bytes_of<float>(own)).take<float>(own);
+        load_floats(x, dtype, own, floats);
+        parallel_for((rows + kItemRows - 1) / kItemRows, threads, [&](int64_t item, int) {
+            const int64_t first = item * kItemRows;
+            tile_kernels().dot_rows(floats, static_cast<int>(tokens), element(weights, dtype, first * cols), dtype, cols,
+                                    std::min<int64_t>(kItemRows, rows - first), cols, out + first, rows);
         });
-        done(first, count, out);
+        return;
     }
-}
-
-// The `limit` largest, of equals the lower index.
-void choose(const float* logits, int experts, int limit, int* order) {
-    std::iota(order, order + experts, 0);
-    std::partial_sort(order, order + limit, order + experts, [&](int a, int b) {
-        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    float* floats = Scratch::reserve(Scratch::bytes_of<float>(threads * own)).take<float>(threads * own);
+    parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
+        const int64_t first = chunk * kFewTokens, n = std::min(kFewTokens, tokens - first);
+        load_floats(element(x, dtype, first * cols), dtype, n * cols, floats + thread * own);
+        tile_kernels().dot_rows(floats + thread * own, static_cast<int>(n), weights, dtype, cols, rows, cols,
+                                out + first * rows, rows);
     });
 }
 
-float sum_of_exponentials(const float* logits, int experts, float top) {
+// The `limit` largest of softmax(logits [count]) and whose they are, largest first, of equals the lower index.
+// order: [count], of which the first `limit` are set.
+void top_of_softmax(const float* logits, int count, int limit, int* order, float* probabilities) {
+    std::iota(order, order + count, 0);
+    std::partial_sort(order, order + limit, order + count, [&](int a, int b) {
+        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    });
+    const float top = logits[order[0]];
     float total = 0.0f;
-    for (int e = 0; e < experts; ++e) total += std::exp(logits[e] - top);
-    return total;
+    for (int i = 0; i < count; ++i) total += std::exp(logits[i] - top);
+    for (int i = 0; i < limit; ++i) probabilities[i] = std::exp(logits[order[i]] - top) / total;
+}
+
+// What choosing among some tokens' logits takes.
+struct ChoiceScratch {
+    float* logits;         // [tokens, experts]
+    int* order;            // [threads, experts]
+    float* probabilities;  // [threads, limit]
+    int threads;
+
+    ChoiceScratch(int64_t tokens, int experts, int limit, int most_threads)
+        : threads(tokens * experts > kFewChoices ? most_threads : 1) {
+        Scratch& scratch = Scratch::reserve(Scratch::bytes_of<float>(tokens * experts) +
+                                                Scratch::bytes_of<int>(threads * experts) +
+                                                Scratch::bytes_of<float>(threads * limit),
+                                            Scratch::kCaller);
+        logits = scratch.take<float>(tokens * experts);
+        order = scratch.take<int>(threads * experts);
+        probabilities = scratch.take<float>(threads * limit);
+    }
+};
+
+void route_some(const Router& router, const void* x, DType dtype, int64_t tokens, const Choice& choice, int threads) {
+    const int experts = router.experts, top_k = router.top_k;
+    const ChoiceScratch scratch(tokens, experts, top_k, threads);
+    multiply(router.weights, x, dtype, experts, router.hidden, tokens, scratch.logits, threads);
+    store_floats(scratch.logits, tokens * experts, dtype, choice.logits);
+    load_floats(choice.logits, dtype, tokens * experts, scratch.logits);
+    parallel_for(tokens, scratch.threads, [&](int64_t token, int thread) {
+        int* order = scratch.order + thread * experts;
+        float* scores = scratch.probabilities + thread * top_k;
+        top_of_softmax(scratch.logits + token * experts, experts, top_k, order, scores);
+        std::copy_n(order, top_k, choice.indices + token * top_k);
+        if (router.renormalize) {
+            const float chosen = std::accumulate(scores, scores + top_k, 0.0f);
+            for (int rank = 0; rank < top_k; ++rank) scores[rank] /= chosen;
+        }
+        store_floats(scores, top_k, router.score_dtype, element(choice.scores, router.score_dtype, token * top_k));
+    });
 }
 
 }  // namespace
 
-std::vector<Ranked> rank_experts(const void* weights, const void* x, DType dtype, int experts, int hidden,
-                                 int64_t tokens, int limit, int threads) {
+void multiply_few_rows(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, void* out,
+                       int threads) {
+    for (int64_t first = 0; first < tokens; first += kMaxTokens) {
+        const int64_t n = std::min(kMaxTokens, tokens - first);
+        float* products =
+            Scratch::reserve(Scratch::bytes_of<float>(n * rows), Scratch::kCaller).take<float>(n * rows);
+        multiply(weights, element(x, dtype, first * cols), dtype, rows, cols, n, products, threads);
+        store_floats(products, n * rows, dtype, element(out, dtype, first * rows));
+    }
+}
+
+std::vector<std::vector<std::pair<int, float>>> rank_experts(const void* weights, const void* x, DType dtype,
+                                                             int experts, int hidden, int64_t tokens, int limit,
+                                                             int threads) {
     limit = std::min(limit, experts);
-    std::vector<Ranked> ranked(tokens, Ranked(limit));
-    std::vector<int> order(experts);
-    multiply(weights, x, dtype, experts, hidden, tokens, threads, [&](int64_t first, int64_t count, const float* rows) {
-        for (int64_t t = 0; t < count; ++t) {
-            const float* logits = rows + t * experts;
-            choose(logits, experts, limit, order.data());
-            const float top = logits[order[0]], total = sum_of_exponentials(logits, experts, top);
-            for (int i = 0; i < limit; ++i)
-                ranked[first + t][i] = {order[i], std::exp(logits[order[i]] - top) / total};
+    std::vector<std::vector<std::pair<int, float>>> ranked(tokens);
+    for (int64_t first = 0; first < tokens; first += kMaxTokens) {
+        const int64_t n = std::min(kMaxTokens, tokens - first);
+        const ChoiceScratch scratch(n, experts, limit, 1);
+        multiply(weights, element(x, dtype, first * hidden), dtype, experts, hidden, n, scratch.logits, threads);
+        for (int64_t token = 0; token < n; ++token) {
+            top_of_softmax(scratch.logits + token * experts, experts, limit, scratch.order, scratch.probabilities);
+            for (int i = 0; i < limit; ++i) {
+                ranked[first + token].emplace_back(scratch.order[i], scratch.probabilities[i]);
+            }
         }
-    });
+    }
     return ranked;
 }
 
-void multiply_few_rows(const void* weights, const void* x, DType dtype, int rows, int cols, int64_t tokens, void* out,
-                       int threads) {
-    multiply(weights, x, dtype, rows, cols, tokens, threads, [&](int64_t first, int64_t count, const float* products) {
-        store_floats(products, count * rows, dtype, element(out, dtype, first * rows));
-    });
-}
-
-void route(const void* weights, const void* x, DType dtype, int experts, int hidden, int64_t tokens,
-           const Choice& choice, int threads) {
-    const int top_k = choice.top_k;
-    std::vector<int> order(experts);
-    std::vector<float> logits(experts), scores(top_k);
-    multiply(weights, x, dtype, experts, hidden, tokens, threads, [&](int64_t first, int64_t count, const float* rows) {
-        for (int64_t t = 0; t < count; ++t) {
-            const int64_t token = first + t;
-            void* rounded = element(choice.logits, dtype, token * experts);
-            store_floats(rows + t * experts, experts, dtype, rounded);
-            load_floats(rounded, dtype, experts, logits.data());
-            choose(logits.data(), experts, top_k, order.data());
-            const float top = logits[order[0]], total = sum_of_exponentials(logits.data(), experts, top);
-            float chosen = 0.0f;
-            for (int rank = 0; rank < top_k; ++rank) {
-                choice.indices[token * top_k + rank] = order[rank];
-                chosen += scores[rank] = std::exp(logits[order[rank]] - top) / total;
-            }
-            if (choice.renormalize)
-                for (float& score : scores) score /= chosen;
-            store_floats(scores.data(), top_k, choice.score_dtype, element(choice.scores, choice.score_dtype, token * top_k));
-        }
-    });
+void route(const Router& router, const void* x, DType dtype, int64_t tokens, const Choice& choice, int threads) {
+    for (int64_t first = 0; first < tokens; first += kMaxTokens) {
+        route_some(router, element(x, dtype, first * router.hidden), dtype, std::min(kMaxTokens, tokens - first),
+                   {element(choice.logits, dtype, first * router.experts),
+                    element(choice.scores, router.score_dtype, first * router.top_k),
+                    choice.indices + first * router.top_k},
+                   threads);
+    }
 }
 
 }  // namespace fate

@@ -7,17 +7,17 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "attention.h"
-#include "decode.h"
+#include "binding.h"
+#include "block.h"
+#include "fused.h"
 #include "gate.h"
 #include "linear.h"
-#include "ops.h"
 #include "quantize.h"
 #include "rows.h"
 #include "tiles.h"
@@ -27,18 +27,6 @@ namespace nb = nanobind;
 using namespace fate;
 
 namespace {
-
-template <typename T>
-T* pointer(uint64_t address) {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
-
-void require(bool holds, const char* message) {
-    if (!holds) throw nb::value_error(message);
-}
-
-// [at, at + size) within [0, end), for a size >= 0.
-bool within(int64_t at, int64_t size, int64_t end) { return at >= 0 && size >= 0 && size <= end && at <= end - size; }
 
 using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // rows, cols, high, affine, low
 
@@ -60,12 +48,6 @@ Record make_record(bool int8, int64_t bytes, const std::vector<Place>& places) {
     return record;
 }
 
-Matrix matrix_of(const Record& record, int index, bool prefix_only, uint64_t packed) {
-    require(index >= 0 && index < record.count, "the record has no matrix of this index");
-    require(packed % alignof(float) == 0, "a record must be aligned to 4 bytes");
-    return record.matrix(pointer<const uint8_t>(packed), index, prefix_only);
-}
-
 void bind_linear(const Record& record, int index, bool prefix_only, uint64_t packed, uint64_t x, int dtype,
                  int64_t tokens, uint64_t bias, uint64_t out, int threads) {
     const Matrix matrix = matrix_of(record, index, prefix_only, packed);
@@ -79,12 +61,6 @@ ExpertActivation make_activation(int kind, bool gated, bool interleaved, float a
     require(kind >= 0 && kind <= static_cast<int>(ActivationKind::kSiluSoftcap), "no activation has this number");
     require(gated || static_cast<ActivationKind>(kind) != ActivationKind::kSiluSoftcap, "softcaps are of two halves");
     return {static_cast<ActivationKind>(kind), gated, interleaved, alpha, gate_max, act_max, up_limit, up_offset};
-}
-
-void require_expert(const Record& record, const ExpertActivation& activation) {
-    require(record.count == 2 && record.places[0].rows == (activation.gated ? 2 : 1) * record.places[1].cols &&
-                record.places[0].cols == record.places[1].rows,
-            "an expert needs matrices [2I, H], or [I, H] where nothing gates, and [H, I]");
 }
 
 // Biases of both matrices [experts, rows], their dtype, how many experts, and which of these each of a call's is.
@@ -148,25 +124,43 @@ void bind_gather_rows(const Record& record, int index, uint64_t packed, uint64_t
 
 using Strides = std::tuple<int64_t, int64_t, int64_t>;  // batch, head, position
 
+// Rows of one tensor of keys and one of values, all of the same length.
+std::vector<CacheRow> cache_rows(uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides, int dtype,
+                                 int64_t batch, int64_t length) {
+    const int64_t item = item_bytes(static_cast<DType>(dtype));
+    std::vector<CacheRow> rows(batch);
+    for (int64_t row = 0; row < batch; ++row) {
+        rows[row] = {pointer<char>(keys) + row * std::get<0>(key_strides) * item,
+                     pointer<char>(values) + row * std::get<0>(value_strides) * item, length};
+    }
+    return rows;
+}
+
+// Calls body(call) with a call over caches that share a tensor; the call's `out` and threads are the body's to set.
+template <typename Body>
+void with_attention(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides, int dtype,
+                    std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims, float scale,
+                    const Body& body) {
+    const auto [batch, heads, kv_heads, length] = shape;
+    const auto [key_dim, value_dim] = dims;
+    require(batch > 0 && kv_heads > 0 && heads % kv_heads == 0 && length > 0 && key_dim > 0 && value_dim > 0,
+            "attention needs positions, dimensions, and heads that share key-value heads equally");
+    const std::vector<CacheRow> rows = cache_rows(keys, key_strides, values, value_strides, dtype, batch, length);
+    const auto [kb, key_head, key_position] = key_strides;
+    const auto [vb, value_head, value_position] = value_strides;
+    body(AttentionCall{pointer<const void>(q), rows.data(), {key_head, key_position}, {value_head, value_position},
+                       static_cast<DType>(dtype), batch, heads, kv_heads, key_dim, value_dim, scale, nullptr, 1});
+}
+
 void bind_attend(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides, int dtype,
                  std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims, float scale,
                  uint64_t out, int threads) {
-    const auto [batch, heads, kv_heads, length] = shape;
-    const auto [key_dim, value_dim] = dims;
-    const auto [key_batch, key_head, key_position] = key_strides;
-    const auto [value_batch, value_head, value_position] = value_strides;
-    require(batch > 0 && kv_heads > 0 && heads % kv_heads == 0 && length > 0 && key_dim > 0 && value_dim > 0,
-            "attention needs positions, dimensions, and heads that share key-value heads equally");
-    const DType type = static_cast<DType>(dtype);
-    std::vector<KVRow> rows(batch);
-    for (int64_t row = 0; row < batch; ++row) {
-        rows[row] = {element(pointer<void>(keys), type, row * key_batch),
-                     element(pointer<void>(values), type, row * value_batch), 0, length};
-    }
-    const AttentionCall call{pointer<const void>(q), rows.data(), {key_head, key_position}, {value_head, value_position},
-                             type, batch, heads, kv_heads, key_dim, value_dim, scale, pointer<void>(out), threads};
-    nb::gil_scoped_release release;
-    attend(call);
+    with_attention(q, keys, key_strides, values, value_strides, dtype, shape, dims, scale, [&](AttentionCall call) {
+        call.out = pointer<void>(out);
+        call.threads = threads;
+        nb::gil_scoped_release release;
+        attend(call);
+    });
 }
 
 float bind_largest_magnitude(uint64_t weights, int dtype, int64_t pitch, int rows, int cols) {
@@ -202,58 +196,56 @@ void bind_copy_paced(uint64_t to, uint64_t from, int64_t length, int64_t chunk, 
 }
 
 // Keeps the interpreter: giving it up for some microseconds would cost more than they are worth.
-std::vector<Ranked> bind_rank_experts(uint64_t weights, uint64_t x, int dtype, int experts, int hidden, int64_t tokens,
-                                      int limit, int threads) {
-    require(experts > 0 && hidden > 0 && limit > 0 && tokens > 0, "a gate needs experts, a hidden size and a limit");
+std::vector<std::pair<int, float>> bind_rank_experts(uint64_t weights, uint64_t x, int dtype, int experts, int hidden,
+                                                     int limit) {
+    require(experts > 0 && hidden > 0 && limit > 0, "a gate needs experts, a hidden size and a limit");
     return rank_experts(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), experts,
-                        hidden, tokens, limit, threads);
+                        hidden, 1, limit, 1)[0];
 }
 
-Router router_of(uint64_t weight, int experts, int top_k, bool renormalize, int score_dtype) {
-    require(top_k > 0 && top_k <= experts, "a router needs at least top_k experts");
-    return {pointer<const void>(weight), experts, top_k, renormalize, static_cast<DType>(score_dtype)};
+// Keeps the interpreter, as above.
+void bind_route(uint64_t weights, uint64_t x, int dtype, std::tuple<int, int, int> shape, bool normalize,
+                std::tuple<uint64_t, uint64_t, int, uint64_t> out) {
+    const auto [experts, hidden, top_k] = shape;
+    const auto [logits, scores, score_dtype, indices] = out;
+    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
+    route({pointer<const void>(weights), experts, hidden, top_k, normalize, static_cast<DType>(score_dtype)},
+          pointer<const void>(x), static_cast<DType>(dtype), 1,
+          {pointer<void>(logits), pointer<void>(scores), pointer<int64_t>(indices)}, 1);
 }
 
-void bind_route_rows(const Router& router, uint64_t x, int dtype, int hidden, int64_t tokens, uint64_t logits,
-                     uint64_t scores, uint64_t indices, int threads) {
-    require(hidden > 0 && tokens > 0, "a router needs a hidden size and tokens");
-    nb::gil_scoped_release release;
-    route(router.weight, pointer<const void>(x), static_cast<DType>(dtype), router.experts, hidden, tokens,
-          {pointer<void>(logits), pointer<void>(scores), router.score_dtype, pointer<int64_t>(indices), router.top_k,
-           router.renormalize},
-          threads);
-}
-
-void bind_multiply_few_rows(uint64_t weights, uint64_t x, int dtype, int rows, int cols, int64_t tokens, uint64_t out,
-                            int threads) {
+// Keeps the interpreter, as above.
+void bind_multiply_few_rows(uint64_t weights, uint64_t x, int dtype, int rows, int cols, int64_t tokens, uint64_t out) {
     require(rows > 0 && cols > 0, "a matrix needs rows and columns");
-    nb::gil_scoped_release release;
     multiply_few_rows(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), rows, cols,
-                      tokens, pointer<void>(out), threads);
+                      tokens, pointer<void>(out), 1);
 }
 
-void bind_add_gated(uint64_t experts, uint64_t shared, uint64_t logits, int dtype, int64_t tokens, int hidden,
-                    uint64_t out, int threads) {
-    nb::gil_scoped_release release;
-    add_gated(pointer<const void>(experts), pointer<const void>(shared), pointer<const void>(logits),
-              static_cast<DType>(dtype), tokens, hidden, pointer<void>(out), threads);
-}
-
-void bind_silu_times(uint64_t gate, uint64_t up, int dtype, int64_t count, int threads) {
-    nb::gil_scoped_release release;
-    silu_times(pointer<void>(gate), pointer<const void>(up), static_cast<DType>(dtype), count, threads);
+// Keeps the interpreter, as above.
+void bind_add_gated(uint64_t experts, uint64_t shared, uint64_t x, uint64_t weight, int dtype, int64_t tokens,
+                    int hidden, uint64_t out) {
+    require(hidden > 0, "a gate needs columns");
+    add_gated(pointer<const void>(experts), pointer<const void>(shared), pointer<const void>(x),
+              pointer<const void>(weight), static_cast<DType>(dtype), tokens, hidden, pointer<void>(out), 1);
 }
 
 using Packed = std::tuple<const Record*, uint64_t, uint64_t>;  // a record of one matrix, its address, its bias
 using NormOf = std::tuple<uint64_t, int, float, bool>;          // see Norm
 
-Matrix dense_matrix(const Packed& packed) { return matrix_of(*std::get<0>(packed), 0, false, std::get<1>(packed)); }
-
-Linear linear_of(const Packed& packed) { return {dense_matrix(packed), pointer<const void>(std::get<2>(packed))}; }
+Dense dense_of(const Packed& packed) {
+    return {matrix_of(*std::get<0>(packed), 0, false, std::get<1>(packed)), pointer<const void>(std::get<2>(packed))};
+}
 
 Norm norm_of(const NormOf& norm) {
-    const auto [weight, cols, eps, round_before_scale] = norm;
-    return {pointer<const void>(weight), cols, eps, round_before_scale};
+    const auto [weight, cols, eps, rounds_first] = norm;
+    return {pointer<const void>(weight), cols, eps, rounds_first};
+}
+
+Projection projection(const Packed& packed, const NormOf& norm, uint64_t out) {
+    const Dense dense = dense_of(packed);
+    const Projection made{dense.matrix, dense.bias, norm_of(norm), pointer<void>(out)};
+    require_norm_of_heads(made);
+    return made;
 }
 
 void bind_rms_norm(const NormOf& norm, uint64_t x, int dtype, int64_t rows, uint64_t out, int threads) {
@@ -262,167 +254,179 @@ void bind_rms_norm(const NormOf& norm, uint64_t x, int dtype, int64_t rows, uint
     rms_norm(norm_of(norm), pointer<const void>(x), static_cast<DType>(dtype), rows, pointer<void>(out), threads);
 }
 
-void require_gated_mlp(const Matrix& gate, const Matrix& up, const Matrix& down) {
-    require(gate.cols == up.cols && gate.rows == up.rows && down.cols == gate.rows,
-            "a gated MLP needs matrices [I, H], [I, H] and [O, I]");
+using RotaryOf = std::tuple<uint64_t, uint64_t, int, int>;  // see Rotary
+
+HeadsCall heads_call(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
+                     const NormOf& key_norm, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
+                     int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
+    const auto [cos, sin, dim, step] = rotary;
+    const HeadsCall call{projection(query, query_norm, std::get<0>(out)),
+                         projection(key, key_norm, std::get<1>(out)),
+                         projection(value, {0, 0, 0.0f, false}, std::get<2>(out)),
+                         {pointer<const void>(cos), pointer<const void>(sin), dim, step},
+                         pointer<const void>(x),
+                         static_cast<DType>(dtype),
+                         tokens,
+                         head_dim,
+                         threads};
+    require_heads(call.query, call.key, call.value, head_dim);
+    require(dim >= 0 && dim <= head_dim && dim % 2 == 0, "a rotation needs an even part of a head");
+    return call;
+}
+
+void bind_project_heads(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
+                        const NormOf& key_norm, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
+                        int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
+    const HeadsCall call =
+        heads_call(query, key, value, query_norm, key_norm, rotary, x, dtype, tokens, head_dim, out, threads);
+    nb::gil_scoped_release release;
+    project_heads(call);
 }
 
 void bind_gated_mlp(const Packed& gate, const Packed& up, const Packed& down, uint64_t x, int dtype, int64_t tokens,
                     uint64_t out, int threads) {
-    const Matrix first = dense_matrix(gate), second = dense_matrix(up), third = dense_matrix(down);
-    require_gated_mlp(first, second, third);
+    const Dense first = dense_of(gate), second = dense_of(up), third = dense_of(down);
+    require_gated_mlp(first.matrix, second.matrix, third.matrix);
     nb::gil_scoped_release release;
     gated_mlp(first, second, third, pointer<const void>(x), static_cast<DType>(dtype), tokens, pointer<void>(out),
               threads);
 }
 
-Buffers make_buffers(int64_t rows, int hidden, int top_k, int experts, int dtype,
-                     const std::tuple<uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>& held) {
-    const auto [residual, normed, shared, logits, scores, indices, pair_rows] = held;
-    require(rows > 0 && hidden > 0 && top_k > 0 && experts > 0, "buffers need rows, a hidden size and experts");
-    return {rows, hidden, top_k, experts, static_cast<DType>(dtype), pointer<void>(residual), pointer<void>(normed),
-            pointer<void>(shared), pointer<void>(logits), pointer<void>(scores), pointer<int64_t>(indices),
-            pointer<float>(pair_rows)};
-}
-
-void require_rows(const Buffers& buffers, int64_t rows, int ranks, int experts) {
-    require(rows > 0 && rows <= buffers.rows && ranks > 0 && ranks <= buffers.top_k && experts <= buffers.experts,
-            "more rows, ranks or experts than the buffers hold");
-}
-
-using RoutedLists = std::tuple<std::vector<int>, std::vector<int>, std::vector<float>>;
-
-RoutedLists lists(Routed routed) {
-    return {std::move(routed.experts), std::move(routed.pairs), std::move(routed.weights)};
-}
-
-void take_input(Buffers& buffers, uint64_t x, int64_t rows) {
-    std::memmove(buffers.normed, pointer<const void>(x), rows * buffers.hidden * item_bytes(buffers.dtype));
-}
-
-RoutedLists bind_route(const Router& router, Buffers& buffers, uint64_t x, int64_t rows, int threads) {
-    require_rows(buffers, rows, router.top_k, router.experts);
-    take_input(buffers, x, rows);
-    return lists([&] {
+void bind_attend_project(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides,
+                         int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims,
+                         float scale, const Packed& packed, uint64_t out, int threads) {
+    const Dense dense = dense_of(packed);
+    with_attention(q, keys, key_strides, values, value_strides, dtype, shape, dims, scale, [&](AttentionCall call) {
+        call.threads = threads;
+        require(dense.matrix.cols == call.heads * call.value_dim, "the output matrix must take all heads");
         nb::gil_scoped_release release;
-        return route_buffers(router, buffers, rows, threads);
+        attend_project(call, dense, pointer<void>(out));
+    });
+}
+
+using HalfNorms = std::tuple<NormOf, NormOf>;                      // before attention and after it
+using HalfMatrices = std::tuple<Packed, Packed, Packed, Packed>;   // of queries, keys, values and the output
+// Keys, values, and the positions there are with the new one.
+using CachePlace = std::tuple<uint64_t, Strides, uint64_t, Strides, int64_t>;
+
+// Both norms, matrices, norms of heads, dim of a head and scale.
+using HalfForm = std::tuple<HalfNorms, HalfMatrices, HalfNorms, int, float>;
+
+// Calls body(half, step).
+template <typename Body>
+void with_attention_half(const HalfForm& form, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
+                         const CachePlace& cache, std::tuple<uint64_t, uint64_t> out, int threads, const Body& body) {
+    const auto& [norms, matrices, head_norms, head_dim, scale] = form;
+    const auto& [query, key, value, output] = matrices;
+    const auto& [keys, key_strides, values, value_strides, length] = cache;
+    const HeadsCall heads = heads_call(query, key, value, std::get<0>(head_norms), std::get<1>(head_norms), rotary, x,
+                                       dtype, tokens, head_dim, {0, 0, 0}, threads);
+    const AttentionHalf half{norm_of(std::get<0>(norms)), norm_of(std::get<1>(norms)), heads.query,
+                             heads.key, heads.value, dense_of(output), head_dim, scale, static_cast<DType>(dtype)};
+    require_attention_half(half);
+    require(tokens > 0 && length > 0, "attention needs tokens and positions");
+    const std::vector<CacheRow> rows = cache_rows(keys, key_strides, values, value_strides, dtype, tokens, length);
+    const auto [kb, key_head, key_position] = key_strides;
+    const auto [vb, value_head, value_position] = value_strides;
+    body(half, AttentionStep{heads.x, tokens, heads.rotary, rows.data(), {key_head, key_position},
+                             {value_head, value_position}, pointer<void>(std::get<0>(out)),
+                             pointer<void>(std::get<1>(out)), threads});
+}
+
+void bind_attention_half(const HalfNorms& norms, const HalfMatrices& matrices, const HalfNorms& head_norms,
+                         const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens, int head_dim,
+                         const CachePlace& cache, float scale, std::tuple<uint64_t, uint64_t> out, int threads) {
+    with_attention_half({norms, matrices, head_norms, head_dim, scale}, rotary, x, dtype, tokens, cache, out, threads,
+                        [](const AttentionHalf& half, const AttentionStep& step) {
+                            nb::gil_scoped_release release;
+                            attention_half(half, step);
+                        });
+}
+
+// A router's weights, the gate of a shared expert (0: there is none); experts, hidden, top_k, normalize, scores' dtype;
+// an expert and its activation; the shared expert.
+using BlockForm = std::tuple<uint64_t, uint64_t, std::tuple<int, int, int, bool, int>, const Record*,
+                             const ExpertActivation*, std::optional<std::tuple<Packed, Packed, Packed>>>;
+// The pool, its slots' bytes, how many, which of them the first experts are in, and how many experts those are.
+using Residency = std::tuple<uint64_t, int64_t, int64_t, uint64_t, int64_t>;
+// The experts computed, and when; none where nothing was computed, as one of those chosen is not in memory.
+using Ran = std::optional<std::tuple<std::vector<int>, double, double, double>>;
+
+// shared: where to keep what the block refers to.
+SparseBlock block_of(const BlockForm& form, const Residency& residency, int dtype, int threads, SharedExpert& shared) {
+    const auto& [weights, share, router, record, activation, mlp] = form;
+    const auto [experts, hidden, top_k, normalize, score_dtype] = router;
+    const auto [pool, slot_bytes, num_slots, slots, known] = residency;
+    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
+    require_expert(*record, *activation);
+    require(record->places[0].cols == hidden, "router and experts must take the same");
+    require(slot_bytes >= record->bytes && slot_bytes % 64 == 0 && pool % 64 == 0 && num_slots >= 0 && known >= 0,
+            "slots must hold a record each, aligned to 64 bytes");
+    if (mlp) {
+        const auto& [gate, up, down] = *mlp;
+        shared = {dense_of(gate), dense_of(up), dense_of(down), pointer<const void>(share)};
+        require_shared_expert(shared, hidden);
+        require(share != 0, "the shared expert must have a gate");
+    }
+    return {nullptr, static_cast<DType>(dtype),
+            {pointer<const void>(weights), experts, hidden, top_k, normalize, static_cast<DType>(score_dtype)},
+            record, *activation, pointer<const uint8_t>(pool), slot_bytes, num_slots, pointer<const int64_t>(slots),
+            known, mlp ? &shared : nullptr, nullptr, threads};
+}
+
+Ran ran(BlockRun run) {
+    if (!run.whole) return std::nullopt;
+    return std::make_tuple(std::move(run.experts), run.routed_s, run.computed_s, run.summed_s);
+}
+
+Ran bind_sparse_block(const BlockForm& form, const Residency& residency, uint64_t x, int dtype, uint64_t out,
+                      int threads) {
+    SharedExpert shared{};
+    SparseBlock block = block_of(form, residency, dtype, threads, shared);
+    block.x = pointer<const void>(x);
+    block.out = pointer<void>(out);
+    return ran([&] {
+        nb::gil_scoped_release release;
+        return sparse_block(block);
     }());
 }
 
-// Keeps the interpreter, as above.
-RoutedLists bind_group(Buffers& buffers, uint64_t x, int64_t rows, int ranks, int experts, uint64_t indices,
-                       uint64_t weights, int weights_dtype) {
-    require_rows(buffers, rows, ranks, experts);
-    take_input(buffers, x, rows);
-    return lists(group(buffers, rows, ranks, experts, pointer<const int64_t>(indices), pointer<const void>(weights),
-                       static_cast<DType>(weights_dtype)));
+Ran bind_decoder_layer(const HalfForm& half_form, const BlockForm& form, const RotaryOf& rotary,
+                       const CachePlace& cache, const Residency& residency, uint64_t x, int dtype,
+                       std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
+    const auto [residual, normed, sum] = out;
+    SharedExpert shared{};
+    const SparseBlock block = block_of(form, residency, dtype, threads, shared);
+    Ran answer;
+    with_attention_half(half_form, rotary, x, dtype, 1, cache, {residual, normed}, threads,
+                        [&, sum = sum](const AttentionHalf& half, const AttentionStep& step) {
+                            require(block.router.hidden == half.hidden(), "the block must take what attention gives");
+                            answer = ran([&] {
+                                nb::gil_scoped_release release;
+                                return decoder_layer(half, step, block, pointer<void>(sum));
+                            }());
+                        });
+    return answer;
 }
 
-AttentionHalf make_attention_half(const std::tuple<NormOf, NormOf>& norms,
-                                  const std::tuple<Packed, Packed, Packed, Packed>& matrices,
-                                  const std::tuple<NormOf, NormOf>& head_norms, int head_dim, float scale, int dtype) {
-    const auto& [query, key, value, output] = matrices;
-    const AttentionHalf half{norm_of(std::get<0>(norms)), norm_of(std::get<1>(norms)), linear_of(query),
-                             linear_of(key), linear_of(value), linear_of(output), norm_of(std::get<0>(head_norms)),
-                             norm_of(std::get<1>(head_norms)), head_dim, scale, static_cast<DType>(dtype)};
-    const int hidden = half.query.matrix.cols;
-    const auto whole = [&](const Linear& linear) { return linear.matrix.rows % head_dim == 0; };
-    const auto covers = [&](const Norm& norm, const Linear& linear) {
-        return norm.weight == nullptr || (norm.cols > 0 && linear.matrix.rows % norm.cols == 0);
-    };
-    require(head_dim > 0 && whole(half.query) && whole(half.key) && whole(half.value), "matrices must be whole heads");
-    require(covers(half.query_norm, half.query) && covers(half.key_norm, half.key), "a norm must cover heads");
-    require(half.key.matrix.cols == hidden && half.value.matrix.cols == hidden, "q, k and v must have one input");
-    require(half.input_norm.cols == hidden && half.post_norm.cols == hidden && half.output.matrix.rows == hidden &&
-                half.output.matrix.cols == half.query.matrix.rows && half.key.matrix.rows == half.value.matrix.rows &&
-                half.heads() % half.kv_heads() == 0,
-            "norms, matrices and heads must fit one another");
-    return half;
-}
-
-// Where each row's keys and values are, the first position it attends to, and how many there are with the new one.
-using Places = std::vector<std::tuple<uint64_t, uint64_t, int64_t, int64_t>>;
-
-std::optional<RoutedLists> bind_attend_half(const AttentionHalf& half, Buffers& buffers, const Router* router,
-                                            uint64_t x, const std::tuple<uint64_t, uint64_t, int, int>& rotary,
-                                            const Places& places, std::tuple<int64_t, int64_t> key_strides,
-                                            std::tuple<int64_t, int64_t> value_strides, int threads) {
-    const int64_t rows = static_cast<int64_t>(places.size());
-    const auto [cos, sin, dim, step] = rotary;
-    require_rows(buffers, rows, router == nullptr ? 1 : router->top_k, router == nullptr ? 1 : router->experts);
-    require(buffers.hidden == half.query.matrix.cols && buffers.dtype == half.dtype, "these are another model's buffers");
-    require(dim >= 0 && dim <= half.head_dim && dim % 2 == 0, "a rotation needs an even part of a head");
-    std::vector<KVRow> kv;
-    for (const auto& [keys, values, start, length] : places) {
-        require(start >= 0 && start < length, "a row attends to its own token at least");
-        kv.push_back({pointer<void>(keys), pointer<void>(values), start, length});
+// Whether every (dict, key, value) of `entries` is still so, by identity (None: no such key, or None), every (dict,
+// size) of `sizes`, and every (tensor, data_ptr) of `tensors`.
+bool bind_unchanged(const nb::tuple& entries, const nb::tuple& sizes, const nb::tuple& tensors) {
+    for (const nb::handle entry : entries) {
+        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
+        PyObject* const value = PyDict_GetItemWithError(parts[0].ptr(), parts[1].ptr());
+        if (value == nullptr && PyErr_Occurred() != nullptr) throw nb::python_error();
+        if ((value == nullptr ? Py_None : value) != parts[2].ptr()) return false;
     }
-    std::optional<Routed> routed;
-    {
-        nb::gil_scoped_release release;
-        attend_half(half, buffers, pointer<const void>(x), rows,
-                    {pointer<const void>(cos), pointer<const void>(sin), dim, step}, kv.data(),
-                    std::make_from_tuple<CacheStrides>(key_strides), std::make_from_tuple<CacheStrides>(value_strides),
-                    threads);
-        if (router != nullptr) routed = route_buffers(*router, buffers, rows, threads);
+    for (const nb::handle entry : sizes) {
+        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
+        if (PyDict_Size(parts[0].ptr()) != nb::cast<Py_ssize_t>(parts[1])) return false;
     }
-    if (!routed) return std::nullopt;
-    return lists(std::move(*routed));
-}
-
-// Biases of both matrices [experts, rows], their dtype, how many experts; the shared expert and its gate's address.
-using HalfBiases = std::tuple<uint64_t, uint64_t, int, int64_t>;
-using Shared = std::tuple<Packed, Packed, Packed, uint64_t>;
-
-ExpertHalf make_expert_half(const Record& record, const ExpertActivation& activation,
-                            const std::optional<HalfBiases>& biases, const std::optional<Shared>& shared,
-                            uint64_t pool, int64_t pool_bytes, int64_t slot_bytes, int dtype) {
-    require_expert(record, activation);
-    require(slot_bytes >= record.bytes && slot_bytes % 64 == 0 && pool % 64 == 0 && pool_bytes >= 0,
-            "slots must hold a record each, aligned to 64 bytes");
-    ExpertHalf half{};
-    half.record = record;
-    half.activation = activation;
-    half.pool = pointer<const uint8_t>(pool);
-    half.slot_bytes = slot_bytes;
-    half.num_slots = pool_bytes / slot_bytes;
-    half.hidden = record.places[0].cols;
-    half.dtype = static_cast<DType>(dtype);
-    if (biases) {
-        const auto [up, down, bias_dtype, experts] = *biases;
-        half.up_bias = pointer<const void>(up);
-        half.down_bias = pointer<const void>(down);
-        half.bias_dtype = static_cast<DType>(bias_dtype);
-        half.bias_experts = experts;
+    for (const nb::handle entry : tensors) {
+        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
+        if (nb::cast<uint64_t>(parts[0].attr("data_ptr")()) != nb::cast<uint64_t>(parts[1])) return false;
     }
-    if (shared) {
-        const auto& [gate, up, down, share] = *shared;
-        half.has_shared = true;
-        half.shared = {dense_matrix(gate), dense_matrix(up), dense_matrix(down), pointer<const void>(share)};
-        require_gated_mlp(half.shared.gate, half.shared.up, half.shared.down);
-        require(half.shared.gate.cols == half.hidden && half.shared.down.rows == half.hidden,
-                "the shared expert must take what the experts take");
-    }
-    return half;
-}
-
-void bind_run_experts(const ExpertHalf& half, Buffers& buffers, int64_t rows, const std::vector<int>& experts,
-                      const std::vector<int64_t>& slots, const std::vector<int>& precisions, bool first, bool last,
-                      bool add_residual, uint64_t out, int threads) {
-    require_rows(buffers, rows, buffers.ranks, 1);
-    require(buffers.hidden == half.hidden && buffers.dtype == half.dtype, "these are another model's buffers");
-    require(static_cast<int64_t>(buffers.weights.size()) >= rows * buffers.ranks, "nothing is routed");
-    require(slots.size() == experts.size() && (precisions.empty() || precisions.size() == experts.size()),
-            "experts and slots must be as many");
-    std::vector<Resident> residents;
-    for (size_t e = 0; e < experts.size(); ++e) {
-        require(experts[e] >= 0 && experts[e] + 1 < static_cast<int64_t>(buffers.first.size()), "no such expert");
-        require(within(slots[e], 1, half.num_slots), "a slot lies outside of the pool");
-        require(half.up_bias == nullptr || experts[e] < half.bias_experts, "an expert has no biases");
-        residents.push_back({experts[e], slots[e], !precisions.empty() && precisions[e] == 2});
-    }
-    nb::gil_scoped_release release;
-    run_experts(half, buffers, rows, residents, first, last, add_residual, pointer<void>(out), threads);
+    return true;
 }
 
 }  // namespace
@@ -434,28 +438,25 @@ NB_MODULE(_cpu, m) {
     m.def("linear", &bind_linear);
     m.def("experts", &bind_experts);
     m.def("reduce_rows", &bind_reduce_rows);
+    m.def("sparse_block", &bind_sparse_block);
+    m.def("decoder_layer", &bind_decoder_layer);
+    m.def("unchanged", &bind_unchanged);
     m.def("gather_rows", &bind_gather_rows);
     m.def("attend", &bind_attend);
-    m.def("rms_norm", &bind_rms_norm);
+    m.def("attend_project", &bind_attend_project);
+    m.def("attention_half", &bind_attention_half);
+    m.def("route", &bind_route);
     m.def("multiply_few_rows", &bind_multiply_few_rows);
     m.def("add_gated", &bind_add_gated);
-    m.def("silu_times", &bind_silu_times);
+    m.def("rms_norm", &bind_rms_norm);
+    m.def("project_heads", &bind_project_heads);
     m.def("gated_mlp", &bind_gated_mlp);
-    m.def("route_rows", &bind_route_rows);
-    m.def("route", &bind_route);
-    m.def("group", &bind_group);
-    nb::class_<Router>(m, "Router").def_static("make", &router_of);
-    nb::class_<Buffers>(m, "Buffers").def_static("make", &make_buffers);
-    nb::class_<AttentionHalf>(m, "AttentionHalf")
-        .def_static("make", &make_attention_half)
-        .def("run", &bind_attend_half, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-             nb::arg(), nb::arg());
-    nb::class_<ExpertHalf>(m, "ExpertHalf").def_static("make", &make_expert_half).def("run", &bind_run_experts);
     m.def("largest_magnitude", &bind_largest_magnitude);
     m.def("quantize_matrix", &bind_quantize_matrix);
     m.def("read_file", &bind_read_file);
     m.def("copy_paced", &bind_copy_paced);
     m.def("rank_experts", &bind_rank_experts);
+    bind_decode(m);
     m.def("kernel_name", [] { return std::string(tile_kernels().name); });
     m.def("available_kernels", [] {
         std::vector<std::string> names;

@@ -1,7 +1,6 @@
 #include "rows.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "tokens.h"
 
@@ -42,8 +41,12 @@ static void add_scaled(const float* row, float weight, int64_t count, float* sum
 
 void reduce_rows(const float* rows, const void* weights, DType weights_dtype, int64_t tokens, int64_t top_k,
                  int64_t hidden, DType out_dtype, void* out, int threads) {
-    std::vector<float> scale(tokens * top_k);
-    load_floats(weights, weights_dtype, tokens * top_k, scale.data());
+    const float* scale = static_cast<const float*>(weights);
+    if (weights_dtype != DType::kFloat32) {
+        float* floats = Scratch::reserve(Scratch::bytes_of<float>(tokens * top_k)).take<float>(tokens * top_k);
+        load_floats(weights, weights_dtype, tokens * top_k, floats);
+        scale = floats;
+    }
     const int64_t pieces = (hidden + kPiece - 1) / kPiece;
     const int team = tokens * top_k * hidden < kMinParallelFloats ? 1 : threads;
     parallel_for(tokens * pieces, team, [&](int64_t item, int) {
@@ -60,9 +63,9 @@ void reduce_rows(const float* rows, const void* weights, DType weights_dtype, in
 void gather_rows(const Matrix& matrix, const int64_t* ids, int64_t count, DType dtype, void* out, int threads) {
     const int64_t padded = static_cast<int64_t>(matrix.groups) * kGroup;
     const int team = count * padded < kMinParallelFloats ? 1 : threads;
-    std::vector<float> floats(team * padded);
+    float* floats = Scratch::reserve(Scratch::bytes_of<float>(team * padded)).take<float>(team * padded);
     parallel_for(count, team, [&](int64_t i, int thread) {
-        float* row = floats.data() + thread * padded;
+        float* row = floats + thread * padded;
         dequantize_row(matrix, ids[i], row);
         store_floats(row, matrix.cols, dtype, static_cast<char*>(out) + i * matrix.cols * item_bytes(dtype));
     });

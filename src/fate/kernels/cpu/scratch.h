@@ -1,4 +1,6 @@
 // Memory of one kernel call, kept by the calling thread for the next call: reserve the sum, then take the parts.
+//
+// Each thread has one memory for kernels and one for what calls kernels, whose memory they must leave alone.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +13,20 @@ class Scratch {
   public:
     static constexpr int64_t kAlign = 64;
 
+    enum Level { kKernel, kCaller };
+
     // The calling thread's scratch, empty and at least `bytes` large.
-    static Scratch& reserve(int64_t bytes) {
-        static thread_local Scratch scratch;
+    static Scratch& reserve(int64_t bytes, Level level = kKernel) {
+        static thread_local Scratch scratches[2];
+        Scratch& scratch = scratches[level];
         scratch.grow(bytes);
         scratch.used_ = 0;
         return scratch;
     }
+
+    // Bytes that take<T>(count) uses.
+    template <typename T>
+    static int64_t bytes_of(int64_t count) { return rounded(count * static_cast<int64_t>(sizeof(T))); }
 
     static int64_t rounded(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 

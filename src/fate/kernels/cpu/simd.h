@@ -8,6 +8,7 @@
 //     short_bits<n>(plane, v)          the bits of vector v of a run of n, 1 or 2, lowest two of each byte
 //   Floats                       16 floats
 //     load_floats16, store, broadcast, zero_floats, add, multiply, multiply_add(x, y, z) = x * y + z rounded once
+//     load_bfloats(at)                 16 of bfloat16
 //     load_halves(at), (at, count)     16, or fewer and zeros beyond: reads no further, but up to 14 bytes before `at`
 //     fold(x)                          the sum in the order that tiles.h gives
 //   Ints                         16 int32; zero_ints, add, to_floats
@@ -16,6 +17,7 @@
 //     from_lane(at, x, y)              lanes before `at` of x, the others of y
 //   kRowTokens, kChains          most tokens of one pass over a row, and into how many sums the products of few tokens
 //                                go, so that they need not wait for one another
+//   kDotRows, .., kAddFloats     see float_rows.h
 //   kBandVectors, kBandTokens    the shape of the band kernel, without which FATE_BAND_KERNEL is not defined: weight
 //                                rows in vectors of 16, and most tokens of one turn
 //   kBandsInt4, -Int2, -Int8     from how many tokens it is the faster one, as measured

@@ -92,6 +92,12 @@ inline Floats multiply_add(Floats x, Floats y, Floats z) {
 }
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 
+inline __m256 load_eight_bfloats(const uint16_t* at) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline Floats load_bfloats(const uint16_t* at) { return {load_eight_bfloats(at), load_eight_bfloats(at + 8)}; }
+
 inline __m256 load_eight_halves(const uint16_t* at) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 }
@@ -117,6 +123,7 @@ inline float fold(Floats lanes) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
+constexpr int kDotRows = 2, kDotVectors = 2, kAddVectors = 2, kAddFloats = 2;
 constexpr int kRowTokens = 4, kChains = 2;
 
 inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }

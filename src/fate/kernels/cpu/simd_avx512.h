@@ -57,6 +57,9 @@ inline Floats multiply(Floats x, Floats y) { return _mm512_mul_ps(x, y); }
 inline Floats multiply_add(Floats x, Floats y, Floats z) { return _mm512_fmadd_ps(x, y, z); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 
+inline Floats load_bfloats(const uint16_t* at) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_epi16(at)), 16));
+}
 inline Floats load_halves(const uint16_t* at) { return _mm512_cvtph_ps(_mm256_loadu_epi16(at)); }
 inline Floats load_halves(const uint16_t* at, int count) {
     const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1);
@@ -70,6 +73,7 @@ inline float fold(Floats lanes) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
+constexpr int kDotRows = 4, kDotVectors = 4, kAddVectors = 4, kAddFloats = 4;
 constexpr int kRowTokens = 8, kChains = 4;
 
 inline Ints zero_ints() { return _mm512_setzero_si512(); }

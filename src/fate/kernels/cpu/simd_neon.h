@@ -90,6 +90,10 @@ inline Floats to_floats(Ints x) {
     return parts<Floats>([&](int p) { return vcvtq_f32_s32(x.part[p]); });
 }
 
+inline Floats load_bfloats(const uint16_t* at) {
+    return parts<Floats>([&](int p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(at + 4 * p), 16)); });
+}
+
 inline float16x8_t load_eight_halves(const uint16_t* at) { return vreinterpretq_f16_u16(vld1q_u16(at)); }
 
 // Fewer than eight are loaded as the last of eight that end where they end, and moved down.
@@ -119,6 +123,7 @@ inline float fold(Floats lanes) {
 inline int8x16_t as_signed(uint8x16_t codes) { return vreinterpretq_s8_u8(codes); }
 inline int8x16_t less_128(uint8x16_t codes) { return as_signed(veorq_u8(codes, vdupq_n_u8(0x80))); }
 
+constexpr int kDotRows = 2, kDotVectors = 2, kAddVectors = 2, kAddFloats = 2;
 constexpr int kRowTokens = 4, kChains = 2;
 
 inline Ints zero_ints() {

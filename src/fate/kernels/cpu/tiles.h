@@ -30,6 +30,13 @@ struct TileKernels {
     // The same in bands of rows; null: none. Writes to a tile's rows beyond `count` too.
     void (*bands)(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile, void* scratch);
 
+    // x [n, cols] times `count` rows of `dtype`, `step` elements apart -> out[vector * pitch + row]. See float_rows.h.
+    void (*dot_rows)(const float* x, int n, const void* rows, DType dtype, int64_t step, int64_t count, int cols,
+                     float* out, int64_t pitch);
+    // Adds weights[vector * pitch + row] times the row, of all `count` rows in order, to out [n, cols].
+    void (*add_rows)(const float* weights, int64_t pitch, int n, const void* rows, DType dtype, int64_t step,
+                     int64_t count, int cols, float* out);
+
     bool banded(Mode mode, int n) const { return n >= band_min_tokens[static_cast<int>(mode)]; }
     void multiply(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile,
                   void* scratch) const {

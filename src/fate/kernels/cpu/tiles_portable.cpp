@@ -1,5 +1,10 @@
 // The tile kernels in plain C++, for any processor: what tiles.h says, step by step, and what the kernels of every
 // instruction set are compared with.
+#include <algorithm>
+
+#include "simd_plain.h"
+// after its vector layer
+#include "float_rows.h"
 #include "tiles.h"
 
 namespace fate {
@@ -56,13 +61,6 @@ inline int32_t dot(const int16_t* codes, const int8_t* activations) {
     return total;
 }
 
-inline float fold(float* lane) {
-    for (int half = kLanes / 2; half >= 1; half /= 2) {
-        for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
-    }
-    return lane[0];
-}
-
 int64_t portable_scratch_bytes(int groups) {
     const int64_t codes = (kRowsAtOnce + 1) * kGroup * sizeof(int16_t), affine = kRowsAtOnce * 2 * sizeof(float);
     return groups * (codes + affine);
@@ -70,14 +68,14 @@ int64_t portable_scratch_bytes(int groups) {
 
 inline float output(const int16_t* codes, const float* scales, const float* offsets, const TokenRow& token,
                     int groups) {
-    float lane[kLanes] = {};
+    Floats sums = zero_floats();
     for (int g = 0; g < groups; ++g) {
         const float sum = static_cast<float>(dot(codes + g * kGroup, token.codes + g * kGroup));
-        float& into = lane[g % kLanes];
+        float& into = sums.lane[g % kLanes];
         into = fused_multiply_add(sum, scales[g] * token.scales[g], into);
         into = fused_multiply_add(offsets[g], token.sums[g], into);
     }
-    return fold(lane);
+    return fold(sums);
 }
 
 void portable_rows(const Matrix& matrix, int row, int count, const TokenRow* tokens, int n, float* tile,
@@ -104,6 +102,7 @@ void portable_rows(const Matrix& matrix, int row, int count, const TokenRow* tok
 
 }  // namespace
 
-const TileKernels kPortableTiles = {"portable", {INT32_MAX, INT32_MAX, INT32_MAX}, 1, portable_scratch_bytes, portable_rows, nullptr};
+const TileKernels kPortableTiles = {"portable", {INT32_MAX, INT32_MAX, INT32_MAX}, 1, portable_scratch_bytes,
+                                    portable_rows, nullptr, simd_dot_rows, simd_add_rows};
 
 }  // namespace fate

@@ -88,7 +88,7 @@ class SparseBlock(Watched):
             return out + shared
         logits = children["shared_expert_gate"](flat)
         if all(is_plain(t) and t.dtype == flat.dtype for t in (out, shared, logits)):
-            return decode.add_gated(out, shared, logits)
+            return decode.add_gated_logits(out, shared, logits)
         return out + torch.sigmoid(logits) * shared
 
 
@@ -99,7 +99,7 @@ class NativeBlock:
     def __init__(self, block: nn.Module, spec: BlockSpec, layer: Any, buffers: decode.Buffers, step: Any) -> None:
         self._gate: Any = block._modules["gate"]
         self._num_experts: int = layer.num_experts
-        self._router = None if spec.router is None else decode.native_router(spec.router, buffers.normed.dtype)
+        self._router = None if spec.router is None else decode.RouterCall(spec.router, buffers.dtype)
         self._held = spec  # keeps the memory alive
         self._layer, self._buffers, self._step = layer, buffers, step
 
@@ -115,7 +115,7 @@ class NativeBlock:
         """x [rows, hidden] -> [rows, hidden]."""
         with self._layer.lock:
             if self._router is not None:
-                routed = decode.route(self._router, self._buffers, x)
+                routed = self._router(self._buffers, x)
             else:
                 _, weights, indices = self._gate(x[None])
                 routed = decode.group(self._buffers, x, indices, weights, self._num_experts)

@@ -1,0 +1,285 @@
+// Python bindings of decode.h, and of the operations on rows that a module path joins. Objects are built once, of
+// addresses (data_ptr) of tensors that the facade, fate/kernels/decode.py, has checked and keeps alive; calls check what
+// could lead outside of them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "binding.h"
+#include "decode.h"
+#include "fused.h"
+#include "gate.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fate {
+
+namespace {
+
+constexpr int64_t kMaxRows = 16;
+
+using RoutedLists = std::tuple<std::vector<int>, std::vector<int>, std::vector<double>>;
+
+RoutedLists lists(Routed routed) {
+    return {std::move(routed.experts), std::move(routed.pairs), std::move(routed.weights)};
+}
+
+Router make_router(uint64_t weights, int experts, int hidden, int top_k, bool renormalize, int score_dtype) {
+    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
+    return {pointer<const void>(weights), experts, hidden, top_k, renormalize, static_cast<DType>(score_dtype)};
+}
+
+SharedExpert make_shared_expert(const Dense& gate, const Dense& up, const Dense& down, uint64_t share) {
+    return {gate, up, down, pointer<const void>(share)};
+}
+
+void make_buffers(DecodeBuffers* at, int64_t rows, int hidden, int64_t top_k, int64_t num_experts, int dtype,
+                  uint64_t residual, uint64_t normed, uint64_t logits, uint64_t scores, uint64_t indices) {
+    require(rows > 0 && rows <= kMaxRows && hidden > 0 && top_k > 0 && top_k <= num_experts,
+            "buffers need 1 to 16 rows, a hidden size and at least top_k experts");
+    new (at) DecodeBuffers(rows, hidden, top_k, num_experts, static_cast<DType>(dtype),
+                           {pointer<void>(residual), pointer<void>(normed), pointer<void>(logits),
+                            pointer<void>(scores), pointer<int64_t>(indices)});
+}
+
+RoutedLists route_rows_of(DecodeBuffers& buffers, const Router& router, uint64_t x, int64_t rows, int threads) {
+    return lists([&] {
+        nb::gil_scoped_release release;
+        buffers.set_normed(pointer<const void>(x), rows);
+        return buffers.route(router, rows, threads);
+    }());
+}
+
+RoutedLists choose(DecodeBuffers& buffers, uint64_t x, int64_t rows, uint64_t indices, uint64_t weights,
+                   int weights_dtype, int64_t top_k, int64_t num_experts) {
+    buffers.set_normed(pointer<const void>(x), rows);
+    return lists(buffers.choose(pointer<const int64_t>(indices), pointer<const void>(weights),
+                                static_cast<DType>(weights_dtype), rows, top_k, num_experts));
+}
+
+AttentionHalf make_attention_half(const Norm& input_norm, const Norm& post_norm, const Dense& query, const Dense& key,
+                                  const Dense& value, const Dense& output, const Norm& query_norm,
+                                  const Norm& key_norm, int head_dim, float scale, int dtype) {
+    const AttentionHalf half{input_norm,
+                             post_norm,
+                             {query.matrix, query.bias, query_norm, nullptr},
+                             {key.matrix, key.bias, key_norm, nullptr},
+                             {value.matrix, value.bias, {}, nullptr},
+                             output,
+                             head_dim,
+                             scale,
+                             static_cast<DType>(dtype)};
+    require_heads(half.query, half.key, half.value, head_dim);
+    require_norm_of_heads(half.query);
+    require_norm_of_heads(half.key);
+    require_attention_half(half);
+    return half;
+}
+
+using Pair = std::pair<int64_t, int64_t>;
+// Addresses of each row's keys and values, strides of a head and of a position, first positions and lengths.
+using KVRows = std::tuple<std::vector<uint64_t>, std::vector<uint64_t>, Pair, Pair, std::vector<int64_t>,
+                          std::vector<int64_t>>;
+
+// `to` [rows]: where each row's cache begins to be read.
+void place_rows(const KVRows& kv, int64_t rows, int64_t item, CacheRow* to) {
+    const auto& [keys, values, key_strides, value_strides, starts, lengths] = kv;
+    for (const size_t size : {keys.size(), values.size(), starts.size(), lengths.size()})
+        require(static_cast<int64_t>(size) == rows, "keys, values, starts and lengths need an entry for each row");
+    for (int64_t row = 0; row < rows; ++row) {
+        require(keys[row] != 0 && values[row] != 0 && starts[row] >= 0 && starts[row] < lengths[row],
+                "a row must have a cache, and start before its length");
+        to[row] = {pointer<char>(keys[row]) + starts[row] * key_strides.second * item,
+                   pointer<char>(values[row]) + starts[row] * value_strides.second * item,
+                   lengths[row] - starts[row]};
+    }
+}
+
+// cos, sin, how many elements of a head are rotated, and whether each row has angles of its own.
+using RotaryOf = std::tuple<uint64_t, uint64_t, int, bool>;
+
+nb::object run_attention_half(const AttentionHalf& half, DecodeBuffers& buffers, const Router* router, uint64_t x,
+                              int64_t rows, const RotaryOf& rotary, const KVRows& kv, int threads) {
+    buffers.require_rows(rows);
+    require(buffers.hidden() == half.hidden() && buffers.dtype() == half.dtype,
+            "these buffers are of another hidden size or dtype");
+    require(router == nullptr || router->hidden == half.hidden(), "the router must take what attention gives");
+    const auto [cos, sin, dim, each] = rotary;
+    require(dim >= 0 && dim <= half.head_dim && dim % 2 == 0, "a rotation needs an even part of a head");
+    CacheRow cache[kMaxRows];
+    place_rows(kv, rows, item_bytes(half.dtype), cache);
+    const Pair &key_strides = std::get<2>(kv), &value_strides = std::get<3>(kv);
+    const AttentionStep step{pointer<const void>(x),
+                             rows,
+                             {pointer<const void>(cos), pointer<const void>(sin), dim, each ? dim : 0},
+                             cache,
+                             {key_strides.first, key_strides.second},
+                             {value_strides.first, value_strides.second},
+                             buffers.residual(),
+                             buffers.normed(),
+                             threads};
+    Routed routed;
+    {
+        nb::gil_scoped_release release;
+        attention_half(half, step);
+        if (router != nullptr) routed = buffers.route(*router, rows, threads);
+    }
+    if (router == nullptr) return nb::none();
+    return nb::cast(lists(std::move(routed)));
+}
+
+// The biases of both matrices, their dtype, and of how many experts they are.
+using BiasesOf = std::tuple<uint64_t, uint64_t, int, int64_t>;
+
+ExpertHalf make_expert_half(const Record& record, const ExpertActivation& activation, const BiasesOf& biases,
+                            const SharedExpert* shared, uint64_t pool, int64_t pool_bytes, int64_t slot_bytes,
+                            int hidden, int dtype) {
+    const auto [up, down, bias_dtype, biased] = biases;
+    require_expert(record, activation);
+    require(record.places[0].cols == hidden, "experts must take rows of the hidden size");
+    require(slot_bytes >= record.bytes && slot_bytes % 64 == 0 && pool % 64 == 0 && pool_bytes >= 0,
+            "slots must hold a record each, aligned to 64 bytes");
+    if (shared != nullptr) require_shared_expert(*shared, hidden);
+    return {record,
+            activation,
+            pointer<const void>(up),
+            pointer<const void>(down),
+            static_cast<DType>(bias_dtype),
+            biased,
+            shared != nullptr,
+            shared != nullptr ? *shared : SharedExpert{},
+            pointer<const uint8_t>(pool),
+            slot_bytes,
+            pool_bytes / slot_bytes,
+            hidden,
+            static_cast<DType>(dtype)};
+}
+
+void run_expert_half(const ExpertHalf& half, DecodeBuffers& buffers, int64_t rows, const std::vector<int64_t>& experts,
+                     const std::vector<int64_t>& slots, const std::vector<int>& precisions, bool first, bool last,
+                     uint64_t out, bool add_residual, int threads) {
+    require(slots.size() == experts.size() && (precisions.empty() || precisions.size() == experts.size()),
+            "experts, slots and precisions must have as many entries");
+    std::vector<uint8_t> prefix_only;
+    for (const int precision : precisions) prefix_only.push_back(precision == 2);
+    nb::gil_scoped_release release;
+    half.run(buffers, rows,
+             {experts.data(), slots.data(), prefix_only.empty() ? nullptr : prefix_only.data(),
+              static_cast<int64_t>(experts.size())},
+             first, last, pointer<void>(out), add_residual, threads);
+}
+
+void bind_objects(nb::module_& m) {
+    nb::class_<Norm>(m, "Norm")
+        .def("__init__", [](Norm* at, uint64_t weight, int cols, float eps, bool round_before_scale) {
+            require(weight == 0 || cols > 0, "a norm needs columns");
+            new (at) Norm{pointer<const void>(weight), cols, eps, round_before_scale};
+        }, "weight"_a, "cols"_a, "eps"_a, "round_before_scale"_a);
+    nb::class_<Dense>(m, "PackedMatrix")
+        .def("__init__", [](Dense* at, const Record& record, uint64_t packed, uint64_t bias) {
+            new (at) Dense{matrix_of(record, 0, false, packed), pointer<const void>(bias)};
+        }, "record"_a, "packed"_a, "bias"_a);
+    nb::class_<Router>(m, "Router")
+        .def("__init__", [](Router* at, uint64_t weight, int experts, int hidden, int top_k, bool renormalize,
+                            int score_dtype) {
+            new (at) Router(make_router(weight, experts, hidden, top_k, renormalize, score_dtype));
+        }, "weight"_a, "experts"_a, "hidden"_a, "top_k"_a, "renormalize"_a, "score_dtype"_a);
+    nb::class_<SharedExpert>(m, "SharedExpert")
+        .def("__init__", [](SharedExpert* at, const Dense& gate, const Dense& up, const Dense& down, uint64_t share) {
+            new (at) SharedExpert(make_shared_expert(gate, up, down, share));
+        }, "gate"_a, "up"_a, "down"_a, "share"_a);
+    nb::class_<DecodeBuffers>(m, "Buffers")
+        .def("__init__", &make_buffers, "rows"_a, "hidden"_a, "top_k"_a, "num_experts"_a, "dtype"_a, "residual"_a,
+             "normed"_a, "logits"_a, "scores"_a, "indices"_a)
+        .def("route", &route_rows_of)
+        .def("choose", &choose);
+    nb::class_<AttentionHalf>(m, "AttentionHalf")
+        .def("__init__", [](AttentionHalf* at, const Norm& input_norm, const Norm& post_norm, const Dense& query,
+                            const Dense& key, const Dense& value, const Dense& output, const Norm& query_norm,
+                            const Norm& key_norm, int head_dim, float scale, int dtype) {
+            new (at) AttentionHalf(make_attention_half(input_norm, post_norm, query, key, value, output, query_norm,
+                                                       key_norm, head_dim, scale, dtype));
+        }, "input_norm"_a, "post_norm"_a, "query"_a, "key"_a, "value"_a, "output"_a, "query_norm"_a, "key_norm"_a,
+             "head_dim"_a, "scale"_a, "dtype"_a)
+        .def("run", &run_attention_half, "buffers"_a, "router"_a.none(), "x"_a, "rows"_a, "rotary"_a, "kv"_a,
+             "threads"_a);
+    nb::class_<ExpertHalf>(m, "ExpertHalf")
+        .def("__init__", [](ExpertHalf* at, const Record& record, const ExpertActivation& activation,
+                            const BiasesOf& biases, const SharedExpert* shared, uint64_t pool, int64_t pool_bytes,
+                            int64_t slot_bytes, int hidden, int dtype) {
+            new (at) ExpertHalf(make_expert_half(record, activation, biases, shared, pool, pool_bytes, slot_bytes,
+                                                 hidden, dtype));
+        }, "record"_a, "activation"_a, "biases"_a, "shared"_a.none(), "pool"_a, "pool_bytes"_a, "slot_bytes"_a,
+             "hidden"_a, "dtype"_a)
+        .def("run", &run_expert_half);
+}
+
+void bind_operations(nb::module_& m) {
+    m.def("norm_rows", [](const Norm& norm, uint64_t x, int dtype, int64_t rows, uint64_t out, int threads) {
+        nb::gil_scoped_release release;
+        rms_norm(norm, pointer<const void>(x), static_cast<DType>(dtype), rows, pointer<void>(out), threads);
+    });
+    m.def("route_rows", [](const Router& router, uint64_t x, int dtype, int64_t tokens, uint64_t logits,
+                           uint64_t scores, uint64_t indices, int threads) {
+        nb::gil_scoped_release release;
+        route(router, pointer<const void>(x), static_cast<DType>(dtype), tokens,
+              {pointer<void>(logits), pointer<void>(scores), pointer<int64_t>(indices)}, threads);
+    });
+    m.def("multiply_rows", [](uint64_t weights, uint64_t x, int dtype, int rows, int cols, int64_t tokens,
+                              uint64_t out, int threads) {
+        require(rows > 0 && cols > 0, "a matrix needs rows and columns");
+        nb::gil_scoped_release release;
+        multiply_few_rows(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), rows, cols,
+                          tokens, pointer<void>(out), threads);
+    });
+    m.def("rank_rows", [](uint64_t weights, uint64_t x, int dtype, int experts, int hidden, int64_t tokens, int limit,
+                          int threads) {
+        require(experts > 0 && hidden > 0 && limit > 0, "a router needs experts, a hidden size and a limit");
+        std::vector<std::vector<std::pair<int, float>>> ranked;
+        {
+            nb::gil_scoped_release release;
+            ranked = rank_experts(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype),
+                                  experts, hidden, tokens, limit, threads);
+        }
+        return ranked;
+    });
+    m.def("gated_rows", [](const Dense& gate, const Dense& up, const Dense& down, uint64_t x, int dtype, int64_t tokens,
+                           uint64_t out, int threads) {
+        require_gated_mlp(gate.matrix, up.matrix, down.matrix);
+        nb::gil_scoped_release release;
+        gated_mlp(gate, up, down, pointer<const void>(x), static_cast<DType>(dtype), tokens, pointer<void>(out),
+                  threads);
+    });
+    m.def("add_gated_logits", [](uint64_t experts, uint64_t shared, uint64_t logits, int dtype, int64_t tokens,
+                                 int hidden, uint64_t out, int threads) {
+        nb::gil_scoped_release release;
+        add_gated_logits(pointer<const void>(experts), pointer<const void>(shared), pointer<const void>(logits),
+                         static_cast<DType>(dtype), tokens, hidden, pointer<void>(out), threads);
+    });
+    m.def("silu_times", [](uint64_t gate, uint64_t up, int dtype, int64_t tokens, int64_t inner, int threads) {
+        nb::gil_scoped_release release;
+        silu_times(pointer<void>(gate), pointer<const void>(up), static_cast<DType>(dtype), tokens, inner, threads);
+    });
+    m.def("add_gated_rows", [](uint64_t experts, uint64_t shared, uint64_t x, uint64_t share, int dtype, int64_t tokens,
+                               int hidden, uint64_t out, int threads) {
+        require(hidden > 0, "rows need columns");
+        nb::gil_scoped_release release;
+        add_gated(pointer<const void>(experts), pointer<const void>(shared), pointer<const void>(x),
+                  pointer<const void>(share), static_cast<DType>(dtype), tokens, hidden, pointer<void>(out), threads);
+    });
+}
+
+}  // namespace
+
+void bind_decode(nb::module_& m) {
+    bind_objects(m);
+    bind_operations(m);
+}
+
+}  // namespace fate

@@ -1,0 +1,224 @@
+#include "fused.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "dispatch.h"
+#include "gate.h"
+#include "linear.h"
+#include "scratch.h"
+#include "team.h"
+
+namespace fate {
+
+namespace {
+
+constexpr int64_t kMinParallelFloats = 1 << 15;  // numbers that are worth a helper
+constexpr int64_t kMlpTokens = 128;              // whose intermediate values are kept at a time
+constexpr int64_t kGatedTokens = 64;             // whose gates are
+
+template <typename Type>
+FATE_INLINED inline float mean_of_squares(const typename Type::Element* x, int n) {
+    float lanes[kLanes] = {};
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += Type::load(x[i + lane]) * Type::load(x[i + lane]);
+    }
+    float sum = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+    for (; i < n; ++i) sum += Type::load(x[i]) * Type::load(x[i]);
+    return sum / static_cast<float>(n);
+}
+
+template <typename Type>
+FATE_INLINED inline void normalize(const Norm& norm, const void* x_row, void* out_row) {
+    using T = typename Type::Element;
+    const T *x = static_cast<const T*>(x_row), *weight = static_cast<const T*>(norm.weight);
+    T* out = static_cast<T*>(out_row);
+    const float scale = 1.0f / std::sqrt(mean_of_squares<Type>(x, norm.cols) + norm.eps);
+    if (norm.round_before_scale) {
+        for (int i = 0; i < norm.cols; ++i) {
+            out[i] = Type::round(Type::load(weight[i]) * Type::load(Type::round(Type::load(x[i]) * scale)));
+        }
+    } else {
+        for (int i = 0; i < norm.cols; ++i) {
+            out[i] = Type::round(Type::load(weight[i]) * (Type::load(x[i]) * scale));
+        }
+    }
+}
+
+// One head of one token, in place. Sums and products are rounded one by one, as torch's operations do.
+template <typename Type>
+FATE_INLINED inline void rotate(void* head, const void* cos_row, const void* sin_row, int dim) {
+    using T = typename Type::Element;
+    T* x = static_cast<T*>(head);
+    const T *cos = static_cast<const T*>(cos_row), *sin = static_cast<const T*>(sin_row);
+    const auto rounded = [](float value) FATE_INLINED { return Type::load(Type::round(value)); };
+    const int half = dim / 2;
+    for (int i = 0; i < half; ++i) {
+        const float first = Type::load(x[i]), second = Type::load(x[i + half]);
+        const float turned = rounded(-second * Type::load(sin[i]));
+        const float turned_back = rounded(first * Type::load(sin[i + half]));
+        x[i] = Type::round(rounded(first * Type::load(cos[i])) + turned);
+        x[i + half] = Type::round(rounded(second * Type::load(cos[i + half])) + turned_back);
+    }
+}
+
+FATE_CLONES void normalize_row(const Norm& norm, DType dtype, const void* x, void* out) {
+    dispatch(dtype, [&](auto type) FATE_INLINED { normalize<decltype(type)>(norm, x, out); });
+}
+
+FATE_CLONES void rotate_head(DType dtype, void* head, const void* cos, const void* sin, int dim) {
+    dispatch(dtype, [&](auto type) FATE_INLINED { rotate<decltype(type)>(head, cos, sin, dim); });
+}
+
+FATE_CLONES void swiglu_in_place(DType dtype, void* gate, const void* up, int64_t count) {
+    dispatch(dtype, [&](auto type) FATE_INLINED {
+        using T = typename decltype(type)::Element;
+        T* g = static_cast<T*>(gate);
+        const T* u = static_cast<const T*>(up);
+        for (int64_t i = 0; i < count; ++i) {
+            g[i] = type.round(type.load(type.round(silu(type.load(g[i])))) * type.load(u[i]));
+        }
+    });
+}
+
+FATE_CLONES void add(DType dtype, const void* first, const void* second, int64_t count, void* to) {
+    dispatch(dtype, [&](auto type) FATE_INLINED {
+        using T = typename decltype(type)::Element;
+        const T *x = static_cast<const T*>(first), *y = static_cast<const T*>(second);
+        T* out = static_cast<T*>(to);
+        for (int64_t i = 0; i < count; ++i) out[i] = type.round(type.load(x[i]) + type.load(y[i]));
+    });
+}
+
+// out = experts + sigmoid(logit) * shared, each operation rounded.
+FATE_CLONES void add_gated_row(DType dtype, const void* experts, const void* shared, const void* logit, int64_t count,
+                               void* to) {
+    dispatch(dtype, [&](auto type) FATE_INLINED {
+        using T = typename decltype(type)::Element;
+        const T *x = static_cast<const T*>(experts), *y = static_cast<const T*>(shared);
+        T* out = static_cast<T*>(to);
+        const float given = type.load(*static_cast<const T*>(logit));
+        const float gate = type.load(type.round(1.0f / (1.0f + std::exp(-given))));
+        for (int64_t i = 0; i < count; ++i) {
+            out[i] = type.round(type.load(x[i]) + type.load(type.round(gate * type.load(y[i]))));
+        }
+    });
+}
+
+void* element(void* base, DType dtype, int64_t index) { return static_cast<char*>(base) + index * item_bytes(dtype); }
+
+const void* element(const void* base, DType dtype, int64_t index) {
+    return static_cast<const char*>(base) + index * item_bytes(dtype);
+}
+
+int threads_for(int64_t floats, int threads) { return floats < kMinParallelFloats ? 1 : threads; }
+
+// Norm and rotation of what a matrix gave of a token.
+void finish(const HeadsCall& call, const Projection& to, int64_t token) {
+    const int64_t rows = to.matrix.rows, place = token * call.rotary.step;
+    void* heads = element(to.out, call.dtype, token * rows);
+    if (to.norm.weight != nullptr) {
+        for (int64_t at = 0; at < rows; at += to.norm.cols) {
+            normalize_row(to.norm, call.dtype, element(heads, call.dtype, at), element(heads, call.dtype, at));
+        }
+    }
+    for (int64_t at = 0; at < rows; at += call.head_dim) {
+        rotate_head(call.dtype, element(heads, call.dtype, at), element(call.rotary.cos, call.dtype, place),
+                    element(call.rotary.sin, call.dtype, place), call.rotary.dim);
+    }
+}
+
+// A token's heads -> the last position of its row of the cache.
+void append(const HeadsCall& call, const Projection& from, int64_t token, const CacheStrides& strides, void* cache) {
+    const int64_t rows = from.matrix.rows, last = (call.cache[token].length - 1) * strides.position;
+    for (int64_t head = 0; head < rows / call.head_dim; ++head) {
+        std::memcpy(element(cache, call.dtype, head * strides.head + last),
+                    element(from.out, call.dtype, token * rows + head * call.head_dim),
+                    call.head_dim * item_bytes(call.dtype));
+    }
+}
+
+Product product_of(const Projection& to) { return {to.matrix, to.bias, to.out}; }
+
+}  // namespace
+
+void rms_norm(const Norm& norm, const void* x, DType dtype, int64_t rows, void* out, int threads) {
+    parallel_for(rows, threads_for(rows * norm.cols, threads), [&](int64_t row, int) {
+        normalize_row(norm, dtype, element(x, dtype, row * norm.cols), element(out, dtype, row * norm.cols));
+    });
+}
+
+void project_heads(const HeadsCall& call) {
+    linear({product_of(call.query), product_of(call.key), product_of(call.value)}, call.x, call.dtype, call.tokens,
+           call.threads);
+    const int64_t floats = call.tokens * (call.query.matrix.rows + call.key.matrix.rows);
+    parallel_for(call.tokens, threads_for(floats, call.threads), [&](int64_t token, int) {
+        finish(call, call.query, token);
+        finish(call, call.key, token);
+        if (call.cache == nullptr) return;
+        append(call, call.key, token, call.key_strides, call.cache[token].keys);
+        append(call, call.value, token, call.value_strides, call.cache[token].values);
+    });
+}
+
+void gated_mlp(const Dense& gate, const Dense& up, const Dense& down, const void* x, DType dtype, int64_t tokens,
+               void* out, int threads) {
+    const int64_t inner = gate.matrix.rows, bytes = std::min(tokens, kMlpTokens) * inner * item_bytes(dtype);
+    Scratch& scratch = Scratch::reserve(2 * Scratch::rounded(bytes), Scratch::kCaller);
+    void *gated = scratch.take<char>(bytes), *upped = scratch.take<char>(bytes);
+    for (int64_t first = 0; first < tokens; first += kMlpTokens) {
+        const int64_t n = std::min(kMlpTokens, tokens - first);
+        linear({{gate.matrix, gate.bias, gated}, {up.matrix, up.bias, upped}},
+               element(x, dtype, first * gate.matrix.cols), dtype, n, threads);
+        parallel_for(n, threads_for(n * inner, threads), [&](int64_t token, int) {
+            swiglu_in_place(dtype, element(gated, dtype, token * inner), element(upped, dtype, token * inner), inner);
+        });
+        linear({{down.matrix, down.bias, element(out, dtype, first * down.matrix.rows)}}, gated, dtype, n, threads);
+    }
+}
+
+void add_gated(const void* experts, const void* shared, const void* x, const void* share, DType dtype, int64_t tokens,
+               int hidden, void* out, int threads) {
+    float memory[kGatedTokens];  // enough for any dtype
+    const void* logits = memory;
+    for (int64_t first = 0; first < tokens; first += kGatedTokens) {
+        const int64_t n = std::min(kGatedTokens, tokens - first);
+        if (share != nullptr)
+            multiply_few_rows(share, element(x, dtype, first * hidden), dtype, 1, hidden, n, memory, threads);
+        parallel_for(n, threads_for(n * hidden, threads), [&](int64_t token, int) {
+            const int64_t at = (first + token) * hidden;
+            const void *own = element(experts, dtype, at), *other = element(shared, dtype, at);
+            if (share == nullptr) add(dtype, own, other, hidden, element(out, dtype, at));
+            else add_gated_row(dtype, own, other, element(logits, dtype, token), hidden, element(out, dtype, at));
+        });
+    }
+}
+
+void add_gated_logits(const void* experts, const void* shared, const void* logits, DType dtype, int64_t tokens,
+                      int hidden, void* out, int threads) {
+    parallel_for(tokens, threads_for(tokens * hidden, threads), [&](int64_t token, int) {
+        const int64_t at = token * hidden;
+        add_gated_row(dtype, element(experts, dtype, at), element(shared, dtype, at), element(logits, dtype, token),
+                      hidden, element(out, dtype, at));
+    });
+}
+
+void silu_times(void* gate, const void* up, DType dtype, int64_t tokens, int64_t inner, int threads) {
+    parallel_for(tokens, threads_for(tokens * inner, threads), [&](int64_t token, int) {
+        swiglu_in_place(dtype, element(gate, dtype, token * inner), element(up, dtype, token * inner), inner);
+    });
+}
+
+void add_values(const void* x, const void* y, DType dtype, int64_t count, void* out) { add(dtype, x, y, count, out); }
+
+void attend_project(AttentionCall call, const Dense& matrix, void* out) {
+    const int64_t bytes = call.rows * call.heads * call.value_dim * item_bytes(call.dtype);
+    call.out = Scratch::reserve(bytes, Scratch::kCaller).take<char>(bytes);
+    attend(call);
+    linear({{matrix.matrix, matrix.bias, out}}, call.out, call.dtype, call.rows, call.threads);
+}
+
+}  // namespace fate

@@ -106,8 +106,9 @@ class Residency:
 
     def transfer_to(self, entry: Slot, wanted: Precision, *, demand: bool, prefill: bool = False) -> Transfer:
         """The read that brings `entry` from what it holds to `wanted`, not queued yet."""
-        span = self.header.layout(entry.key.layer).span(entry.precision, wanted)
-        return Transfer(entry.key, entry.slot, *span, precision=wanted, demand=demand, prefill=prefill)
+        layout = self.header.layout(entry.key.layer)
+        span, holds = layout.span(entry.precision, wanted), layout.depth(wanted)
+        return Transfer(entry.key, entry.slot, *span, precision=holds, demand=demand, prefill=prefill)
 
     def demand(self, entry: Slot, wanted: Precision, prefill: bool = False) -> None:
         """Queue the read that brings `entry` from what it holds to `wanted`."""

@@ -87,7 +87,7 @@ def _check(reader: StoreReader) -> None:
         known = ", ".join(_ARCHITECTURES)
         raise UsageError(f"{reader.path} is of model type {header.model_type!r}: the comparison knows {known}")
     others = sorted({entry["codec"] for entry in stored["packed"].values()} - {"int4"})
-    if header.codec != "int4" or others or not stored["packed"] or stored["tied"]:
+    if set(header.codecs) != {"int4"} or others or not stored["packed"] or stored["tied"]:
         raise UsageError(
             f"{reader.path} is not INT4 throughout with untied embeddings, which is what a GGUF file can hold exactly: "
             "convert with --expert-bits 4 --dense-bits 4"

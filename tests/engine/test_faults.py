@@ -98,7 +98,7 @@ def test_a_damaged_header(damaged):
 
 def test_another_format_version(damaged):
     overwrite(damaged / EXPERTS_FILE, 8, (99).to_bytes(4, "little"))
-    with pytest.raises(StoreVersionError, match="format version 99, this fate reads version 2"):
+    with pytest.raises(StoreVersionError, match="format version 99, this fate reads versions 2 and 3"):
         fate.load(damaged)
 
 

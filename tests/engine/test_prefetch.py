@@ -72,7 +72,7 @@ class Engine:
     """Three layers of eight experts, one cached each, two transient slots."""
 
     def __init__(self):
-        layout = SimpleNamespace(span=lambda held, wanted: (0, EXPERT_BYTES))
+        layout = SimpleNamespace(span=lambda held, wanted: (0, EXPERT_BYTES), depth=lambda wanted: wanted)
         header = SimpleNamespace(layers=[SimpleNamespace(num_experts=8)] * 3, layout=lambda layer: layout)
         self.cache = ExpertCache([8] * 3, [1, 1, 1], 2, POLICIES.get("lru"))
         self.reads, self.accounting, self.predictor = Reads(), Accounting(3), Predictor()

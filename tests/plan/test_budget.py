@@ -1,10 +1,10 @@
-"""Sizes, budgets and the refusals that name the number that would fit."""
+"""Budgets, and the refusals that name the number that would fit."""
 
 import pytest
 
 from fate.core import Envelope
 from fate.errors import BudgetTooSmallError
-from fate.plan.budget import RUNTIME_SLACK_BYTES, Needs, default_budget, make_plan
+from fate.plan.budget import RUNTIME_SLACK_BYTES, MemoryPlan, Needs, PlanRow, default_budget, describe, make_plan
 from fate.units import GIB, MIB
 
 NEEDS = Needs(
@@ -47,3 +47,13 @@ def test_max_experts_caps_but_never_below_the_floor():
 
 def test_default_budget_is_what_this_machine_has():
     assert 0 < default_budget() < 1 << 50
+
+
+def test_the_printed_plan_names_memories_only_where_there_are_several(monkeypatch):
+    plan = make_plan(GIB, ENVELOPE, NEEDS)
+    lines = describe(plan).splitlines()
+    assert lines[0] == "runtime         400.00 MiB  interpreter, torch, transformers"
+    assert lines[-1] == "total             1.00 GiB  of 1.00 GiB"
+    rows = [*plan.rows(), PlanRow("slots", 3 * GIB, "of the card", space="cuda:0")]
+    monkeypatch.setattr(MemoryPlan, "rows", lambda self: rows)
+    assert [line.split()[0] for line in describe(plan).splitlines()] == ["host"] * 5 + ["cuda:0", "host"]

@@ -1,5 +1,7 @@
 """The byte layout: golden bytes of a header, sizes of known shapes, and what is read for each precision."""
 
+from dataclasses import replace
+
 import pytest
 import xxhash
 
@@ -55,6 +57,38 @@ def test_the_header_reads_back():
     length, checksum = decode_preamble(encoded, "x")
     assert checksum == 7
     assert decode_header(encoded[24 : 24 + length]) == SMALL
+
+
+MIXED = StoreHeader("int4", "f00d", "qwen2_moe", (SMALL.layers[0], replace(SMALL.layers[0], codec="bf16")))
+
+
+def test_layers_of_several_codecs_are_another_version():
+    assert (SMALL.version, MIXED.version) == (2, 3)
+    assert MIXED.encode(0)[8:12] == (3).to_bytes(4, "little")
+    assert MIXED.json_bytes.count(b'"codec":') == 2
+    assert b'{"codec":"bf16","matrices":' in MIXED.json_bytes
+    assert decode_preamble(MIXED.encode(7), "x") == (len(MIXED.json_bytes), 7)
+    assert decode_header(MIXED.json_bytes) == MIXED
+    assert MIXED.codecs == ("int4", "bf16")
+    assert not MIXED.is_raw
+    assert MIXED.record_offset(1, 0) - MIXED.record_offset(0, 0) == 2 * MIXED.layout(0).record_bytes
+    assert MIXED.layout(1) == RecordLayout("bf16", SMALL.layers[0].matrices)
+
+
+def test_a_layer_that_names_the_files_codec_changes_nothing():
+    named = replace(SMALL, layers=(replace(SMALL.layers[0], codec="int4"),))
+    assert named == SMALL
+    assert named.encode(7) == SMALL.encode(7)
+
+
+def test_a_codec_that_is_none_is_refused():
+    blob = MIXED.json_bytes.replace(b"bf16", b"int3")
+    with pytest.raises(StoreError, match="unknown codec 'int3'"):
+        decode_header(blob).layout(1)
+
+
+def test_what_is_read_to_int2_where_there_is_none_is_whole():
+    assert [MIXED.layout(layer).depth(Precision.INT2) for layer in (0, 1)] == [Precision.INT2, Precision.FULL]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import threading
 
 from fate.trace import Event, Timeline
+from fate.trace.timeline import busy_s
 
 
 def test_events_in_the_order_they_were_added():
@@ -40,3 +41,9 @@ def test_every_thread_may_add():
         thread.join()
     assert len(timeline.events) == 3000
     assert timeline.dropped == 1000
+
+
+def test_overlapping_events_are_counted_once():
+    events = [Event(3.0, 4.0, "demand", 0), Event(-1.0, 1.0, "demand", 0), Event(0.5, 2.0, "prefetch", 0)]
+    assert busy_s(events) == 4.0
+    assert busy_s([]) == 0.0

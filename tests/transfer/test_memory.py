@@ -14,13 +14,12 @@ import pytest
 
 from cli_support import copied, flip
 from fate.core import ExpertKey
-from fate.errors import ChecksumError, LinkMemoryError, LinkSpeedError
+from fate.errors import ChecksumError, LinkMemoryError
 from fate.fileio import Progress
 from fate.store.reader import EXPERTS_FILE, StoreReader
 from fate.transfer import memory
 from fate.transfer.link import HANDOFF_S, MAX_LATE_S, Link
 from fate.transfer.memory import MemoryRecords, PacedMemorySource
-from fate.units import parse_link
 from tiny import tiny_store
 
 MIB = 1 << 20
@@ -71,40 +70,6 @@ def best_of_some(measure: Callable[[], float], target: float) -> float:
         if abs(measured[-1] / target - 1) < 0.05:
             break
     return min(measured, key=lambda value: abs(value - target))
-
-
-@pytest.mark.parametrize(
-    "value, speed",
-    [
-        ("12GB/s", 12e9),
-        ("1.5 GB/s", 1.5e9),
-        (" 800MB/s ", 8e8),
-        ("800 kB/s", 8e5),
-        ("1GiB/s", 2.0**30),
-        ("2KiB/s", 2048.0),
-        ("100B/s", 100.0),
-        ("2TB/s", 2e12),
-        (5e9, 5e9),
-        (4096, 4096.0),
-    ],
-)
-def test_a_speed(value: str | float, speed: float) -> None:
-    assert parse_link(value) == speed
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        *("0", "0GB/s", "-1GB/s", "12GB", "12Gb/s", "12", "fast", "", "infGB/s", "nan", "1iB/s", "1 PB/s", "0.0001B/s"),
-        *("9" * 400 + "GB/s", 0, -1.0, float("inf"), float("nan"), True, None),
-    ],
-)
-def test_a_speed_that_is_none(value: Any) -> None:
-    with pytest.raises(LinkSpeedError) as error:
-        parse_link(value)
-    assert str(error.value).startswith(f"link speed {value!r} is not valid: write a positive")
-    assert "12GB/s" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_transfers_wait_for_each_other() -> None:

@@ -53,7 +53,7 @@ class Residency:
         self.lease: Lease | None = None  # the one that is open
         self._closed = self._interrupted = False
         self._num_experts = sum(layer.num_experts for layer in header.layers)
-        self._spans: dict[tuple[int, Precision | None, Precision], tuple[int, int]] = {}
+        self._reads: dict[tuple[int, Precision | None, Precision], tuple[int, int, Precision]] = {}
 
     def begin(self, routing: Routing) -> Lease:
         """Open a lease on the experts of `routing`, from an empty cache if the last one did not end well."""
@@ -108,9 +108,10 @@ class Residency:
     def transfer_to(self, entry: Slot, wanted: Precision, *, demand: bool, prefill: bool = False) -> Transfer:
         """The read that brings `entry` from what it holds to `wanted`, not queued yet."""
         which = entry.key.layer, entry.precision, wanted
-        if (span := self._spans.get(which)) is None:
-            span = self._spans[which] = self.header.layout(which[0]).span(*which[1:])
-        return Transfer(entry.key, entry.slot, *span, precision=wanted, demand=demand, prefill=prefill)
+        if (read := self._reads.get(which)) is None:
+            layout = self.header.layout(which[0])
+            read = self._reads[which] = *layout.span(*which[1:]), layout.depth(wanted)
+        return Transfer(entry.key, entry.slot, *read, demand=demand, prefill=prefill)
 
     def demand(self, entry: Slot, wanted: Precision, prefill: bool = False) -> None:
         """Queue the read that brings `entry` from what it holds to `wanted`."""

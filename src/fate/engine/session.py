@@ -54,7 +54,7 @@ class Session:
         self.generate_lock = threading.RLock()
         self._assembly = assembly
         self._link = link
-        self._packed = not assembly.reader.header.layout(0).is_raw
+        self._packed = not assembly.reader.header.is_raw
         self._engine = [engine]  # a holder: the finalizer must not hold the session
         self._finalizer = weakref.finalize(self, _shut_down, self._engine, assembly.reader)
 

@@ -152,7 +152,8 @@ def _buffer_bytes(model: PreTrainedModel, header: StoreHeader, envelope: Envelop
     if model.config._attn_implementation == "eager":
         mask += heads * tokens * envelope.max_context * (item + 4)  # scores, and their softmax in float32
     logits = envelope.logit_rows * config.vocab_size * (item + 2 * 4)
-    scratch = max(m.weights for layer in header.layers for m in layer.matrices) * 4 if header.codec[0] != "i" else 0
+    layouts = [header.layout(index) for index in range(len(header.layers))]
+    scratch = 4 * max((m.weights for layout in layouts if layout.is_raw for m in layout.matrices), default=0)
     inputs = (m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear))
     kernel = _kernel_scratch(tokens, config.hidden_size, max(inputs, default=config.hidden_size), header)
     return expert_rows + hidden + expanded + mask + logits + scratch + kernel

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from fate.core import Precision
@@ -26,6 +26,7 @@ from fate.errors import StoreError, StoreVersionError
 
 MAGIC = b"FATESTOR"
 FORMAT_VERSION = 2
+MIXED_VERSION = 3  # of a store whose layers differ in codec; else it is what version 2 is
 PAGE_BYTES = 4096
 GROUP = 64  # columns that share one scale and one offset
 ALIGN = 64  # every section starts on a cache line
@@ -94,6 +95,10 @@ class RecordLayout:
     @property
     def precisions(self) -> tuple[Precision, ...]:
         return (Precision.INT2, Precision.FULL) if self.codec == "int4" else (Precision.FULL,)
+
+    def depth(self, wanted: Precision) -> Precision:
+        """What a slot holds once `wanted` was read into it: FULL where the codec has no INT2 version."""
+        return wanted if wanted in self.precisions else Precision.FULL
 
     @cached_property
     def _placed(self) -> tuple[tuple[Section, ...], int, int]:
@@ -166,28 +171,50 @@ def _run(at: int, sizes: list[int]) -> tuple[list[int], int]:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One MoE layer of a store: the experts module's dotted name, its expert count and matrices."""
+    """One MoE layer of a store: the experts module's dotted name, its expert count and matrices. codec: None: the
+    header's."""
 
     module: str
     num_experts: int
     matrices: tuple[MatrixSpec, ...]
+    codec: str | None = None
 
 
 @dataclass(frozen=True)
 class StoreHeader:
-    """What `experts.fate` says of itself. `fingerprint` identifies the source checkpoint and conversion options."""
+    """What `experts.fate` says of itself. `codec`: of the layers that name none. `fingerprint` identifies the source
+    checkpoint and conversion options."""
 
     codec: str
     fingerprint: str
     model_type: str
     layers: tuple[LayerSpec, ...]
 
+    def __post_init__(self) -> None:
+        """A layer that names the header's own codec names none, so that equal stores have equal headers."""
+        layers = tuple(replace(layer, codec=None) if layer.codec == self.codec else layer for layer in self.layers)
+        object.__setattr__(self, "layers", layers)
+
+    @property
+    def version(self) -> int:
+        return FORMAT_VERSION if all(layer.codec is None for layer in self.layers) else MIXED_VERSION
+
+    @cached_property
+    def codecs(self) -> tuple[str, ...]:
+        """Of each layer."""
+        return tuple(layer.codec or self.codec for layer in self.layers)
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether no layer is quantized."""
+        return all(codec in RAW_CODECS for codec in self.codecs)
+
     def layout(self, layer: int) -> RecordLayout:
         return self._layouts[layer]
 
     @cached_property
     def _layouts(self) -> tuple[RecordLayout, ...]:
-        return tuple(RecordLayout(self.codec, layer.matrices) for layer in self.layers)
+        return tuple(RecordLayout(codec, layer.matrices) for codec, layer in zip(self.codecs, self.layers))
 
     @property
     def num_records(self) -> int:
@@ -207,7 +234,11 @@ class StoreHeader:
 
     @cached_property
     def _json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        fields = asdict(self)
+        for layer in fields["layers"]:
+            if layer["codec"] is None:
+                del layer["codec"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
     @property
     def checksums_offset(self) -> int:
@@ -235,7 +266,7 @@ class StoreHeader:
 
     def encode(self, checksum: int) -> bytes:
         """Preamble and JSON, padded to a page. `checksum` is the xxh64 of `json_bytes`."""
-        head = _PREAMBLE.pack(MAGIC, FORMAT_VERSION, len(self._json), checksum) + self._json
+        head = _PREAMBLE.pack(MAGIC, self.version, len(self._json), checksum) + self._json
         return head.ljust(self.checksums_offset, b"\0")
 
     @property
@@ -248,10 +279,10 @@ def decode_preamble(head: bytes, path: object) -> tuple[int, int]:
     if len(head) < _PREAMBLE.size or head[:8] != MAGIC:
         raise StoreError(f"{path} is not a Fate store: convert the checkpoint again with fate convert")
     _, version, length, checksum = _PREAMBLE.unpack_from(head)
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, MIXED_VERSION):
         raise StoreVersionError(
-            f"{path} has store format version {version}, this fate reads version {FORMAT_VERSION}: "
-            "convert the checkpoint again with fate convert, or run fate synth again"
+            f"{path} has store format version {version}, this fate reads versions {FORMAT_VERSION} and "
+            f"{MIXED_VERSION}: convert the checkpoint again with fate convert, or run fate synth again"
         )
     return length, checksum
 
@@ -263,7 +294,9 @@ def decode_header(blob: bytes) -> StoreHeader:
     """Inverse of `json_bytes`."""
     raw = json.loads(blob)
     layers = tuple(
-        LayerSpec(layer["module"], layer["num_experts"], tuple(MatrixSpec(**m) for m in layer["matrices"]))
+        LayerSpec(
+            layer["module"], layer["num_experts"], tuple(MatrixSpec(**m) for m in layer["matrices"]), layer.get("codec")
+        )
         for layer in raw["layers"]
     )
     return StoreHeader(raw["codec"], raw["fingerprint"], raw["model_type"], layers)

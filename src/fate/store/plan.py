@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fate.store.format import FORMAT_VERSION, MatrixSpec, RecordLayout, StoreHeader
+from fate.store.format import MatrixSpec, RecordLayout, StoreHeader
 from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE
 from fate.store.tensorfile import TensorEntry, TensorFileLayout
 
@@ -75,7 +75,7 @@ def plan_store(
         tensor_files[PACKED_FILE] = TensorFileLayout(entries, metadata)
     quantization = {
         "quant_method": "fate",
-        "format_version": FORMAT_VERSION,
+        "format_version": header.version,
         "codec": header.codec,
         "dense_bits": dense_bits,
         "fingerprint": header.fingerprint,

@@ -71,7 +71,18 @@ def inspect_model(
     envelope = planning.resolve_envelope(model, max_context, 1, DEFAULT_PREFILL_CHUNK, None)
     needs = planning.measure_needs(model, header, dense, envelope)
     top_k = planning.top_k(model)
-    return Inspection(path, stored, config.model_type, header.codec, layers, header, top_k, dense, needs, envelope)
+    return Inspection(
+        path,
+        stored,
+        config.model_type,
+        ", ".join(dict.fromkeys(header.codecs)),
+        layers,
+        header,
+        top_k,
+        dense,
+        needs,
+        envelope,
+    )
 
 
 def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

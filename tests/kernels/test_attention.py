@@ -25,9 +25,17 @@ def tensors(batch, heads, kv_heads, length, key_dim, value_dim, dtype, room=5):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1, 1, 1), (1, 4, 4, 33, 64, 64), (2, 6, 2, 7, 24, 40), (1, 16, 2, 300, 128, 128), (3, 5, 1, 2, 17, 3)],
+    [
+        (1, 1, 1, 1, 1, 1),
+        (1, 4, 4, 33, 64, 64),
+        (2, 6, 2, 7, 24, 40),
+        (1, 16, 2, 300, 128, 128),
+        (3, 5, 1, 2, 17, 3),
+        (1, 35, 1, 1100, 40, 24),  # more heads of a key-value head than one pass takes
+        (1, 2, 1, 9000, 32, 32),  # blocks of more than one step
+    ],
 )
-def test_against_float64(shape, dtype):
+def test_against_float64(shape, dtype, compiled_kernel):
     query, keys, values = tensors(*shape, dtype)
     exact = F.scaled_dot_product_attention(
         query.double(), keys.double(), values.double(), scale=0.3, enable_gqa=True
@@ -38,12 +46,35 @@ def test_against_float64(shape, dtype):
     assert (out.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
 
 
-def test_the_same_bits_from_any_number_of_threads(monkeypatch):
-    query, keys, values = tensors(1, 16, 16, 200, 128, 128, torch.bfloat16)
-    torch.set_num_threads(1)
-    alone = kernels.attend(query, keys, values, 0.1)
-    torch.set_num_threads(2)
-    assert torch.equal(kernels.attend(query, keys, values, 0.1), alone)
+@pytest.mark.parametrize("length", [200, 1500, 9000])
+def test_the_same_bits_from_any_number_of_threads_and_rows(length):
+    query, keys, values = tensors(3, 8, 2, length, 64, 64, torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [kernels.attend(query[r : r + 1], keys[r : r + 1], values[r : r + 1], 0.1) for r in range(3)]
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(kernels.attend(query, keys, values, 0.1), torch.cat(alone))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_same_bits_from_every_instruction_set():
+    query, keys, values = tensors(1, 10, 2, 700, 70, 50, torch.float16)
+    results = []
+    for name in native.available()[:-1]:
+        with native.selected(name):
+            results.append(kernels.attend(query, keys, values, 0.1))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_what_is_not_a_number_shows():
+    query, keys, values = tensors(1, 2, 2, 40, 16, 16, torch.float32)
+    query[0, 1, 0, 3] = float("nan")
+    out = kernels.attend(query, keys, values, 0.1)
+    assert torch.isfinite(out[0, 0, 0]).all()
+    assert out[0, 0, 1].isnan().all()
 
 
 def test_large_scores_do_not_overflow():

@@ -107,25 +107,34 @@ void reduce(Random& random, const std::string&) {
 }
 
 void attend(Random& random, const std::string&) {
-    const int64_t batch = random.in(1, 3), kv_heads = random.in(1, 4), heads = kv_heads * random.in(1, 4);
-    const int64_t length = random.size(400);
+    const int64_t batch = random.in(1, 3), kv_heads = random.in(1, 4);
+    const int64_t heads = kv_heads * random.in(1, random.chance(0.1) ? 20 : 4);
+    const int64_t length = random.chance(0.05) ? random.in(1000, 9000) : random.size(400);
     const int key_dim = random.size(140), value_dim = random.size(140);
     const DType dtype = any_dtype(random);
+    struct Strides {
+        int64_t batch, head, position;
+    };
     const auto strides = [&](int dim) {  // positions within a head, or heads within a position
         const int64_t room = length + random.in(0, 3);
-        if (random.chance(0.5)) return fate::CacheStrides{kv_heads * room * dim, room * dim, dim};
-        return fate::CacheStrides{kv_heads * room * dim, dim, kv_heads * dim};
+        if (random.chance(0.5)) return Strides{kv_heads * room * dim, room * dim, dim};
+        return Strides{kv_heads * room * dim, dim, kv_heads * dim};
     };
-    const fate::CacheStrides k = strides(key_dim), v = strides(value_dim);
-    const auto cache = [&](const fate::CacheStrides& s, int dim) {  // ends with its last position
+    const Strides k = strides(key_dim), v = strides(value_dim);
+    const auto cache = [&](const Strides& s, int dim) {  // ends with its last position
         const int64_t last = (batch - 1) * s.batch + (kv_heads - 1) * s.head + (length - 1) * s.position;
         return random_values(random, last + dim, dtype);
     };
     const Exact q = random_values(random, batch * heads * key_dim, dtype), keys = cache(k, key_dim);
     const Exact values = cache(v, value_dim), out(batch * heads * value_dim * fate::item_bytes(dtype));
     const float scale = 0.3f / std::sqrt(static_cast<float>(key_dim));
-    fate::attend({q.as(), keys.as(), values.as(), k, v, dtype, batch, heads, kv_heads, length, key_dim, value_dim,
-                  scale, out.as(), static_cast<int>(random.in(1, 3))});
+    std::vector<fate::CacheRow> rows;
+    for (int64_t b = 0; b < batch; ++b) {
+        const int64_t item = fate::item_bytes(dtype);
+        rows.push_back({keys.as() + b * k.batch * item, values.as() + b * v.batch * item, length});
+    }
+    fate::attend({q.as(), rows.data(), {k.head, k.position}, {v.head, v.position}, dtype, batch, heads, kv_heads,
+                  key_dim, value_dim, scale, out.as(), static_cast<int>(random.in(1, 3))});
     for (int64_t row = 0; row < batch * heads; ++row) {
         const int64_t entry = row / heads, head = row % heads / (heads / kv_heads);
         std::vector<double> share(length);
@@ -181,9 +190,15 @@ void rank(Random& random, const std::string&) {
     const int experts = static_cast<int>(random.in(1, 80)), hidden = random.size(600);
     const int limit = static_cast<int>(random.in(1, 90));
     const DType dtype = any_dtype(random);
+    const int64_t tokens = any_tokens(random), item = fate::item_bytes(dtype), token = random.in(0, tokens - 1);
     const Exact weights = random_values(random, static_cast<int64_t>(experts) * hidden, dtype, 0.05f);
-    const Exact x = random_values(random, hidden, dtype);
-    const auto ranked = fate::rank_experts(weights.as(), x.as(), dtype, experts, hidden, limit);
+    const Exact all = random_values(random, tokens * hidden, dtype), x(hidden * item);
+    std::memcpy(x.as(), all.as() + token * hidden * item, x.size());
+    const int threads = static_cast<int>(random.in(1, 3));
+    const auto ranked =
+        fate::rank_experts(weights.as(), all.as(), dtype, experts, hidden, tokens, limit, threads)[token];
+    if (ranked != fate::rank_experts(weights.as(), x.as(), dtype, experts, hidden, 1, limit, 1)[0])
+        fail("rank, a token alone and beside others", 1, 0, 0);
     if (static_cast<int>(ranked.size()) != std::min(experts, limit)) fail("rank", ranked.size(), experts, 0);
     std::vector<double> likely(experts);
     for (int64_t e = 0; e < experts; ++e) {

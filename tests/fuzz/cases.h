@@ -18,5 +18,6 @@ void copy(Random& random, const std::string& planted);
 void layer(Random& random, const std::string& planted);
 void gated(Random& random, const std::string& planted);
 void block(Random& random, const std::string& planted);
+void decode(Random& random, const std::string& planted);
 
 }  // namespace fuzz

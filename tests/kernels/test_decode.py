@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from decode_layers import EXPERTS, Layer, aligned_pool, values
+from decode_layers import EXPERTS, Layer, aligned_pool, packed, values
+from fate import kernels
+from fate.core import Precision
 from fate.kernels import decode, native
 from fate.kernels.activation import SWIGLU
+from fate.store.format import RecordLayout
 from packed_records import expert_layout
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="needs the compiled extension")
@@ -241,3 +246,56 @@ def test_raw_codecs_and_other_dtypes_are_refused() -> None:
         decode.group(buffers, torch.ones(1, 64), torch.zeros(1, 2), torch.ones(1, 2), 4)
     with pytest.raises(ValueError, match="the routing does not fit"):
         decode.group(buffers, torch.ones(1, 64), torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3), 4)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_scratch_is_what_was_planned(num_threads: int, compiled_kernel: str) -> None:
+    """Each call runs on a thread of its own, whose scratch is empty before."""
+    hidden, inner, wide, dtype = 256, 320, 1024, torch.float32
+    layout = expert_layout("int4", hidden, inner)
+    pool, _ = aligned_pool(layout, 1)
+    pick = random.Random(0)
+    matrix, gate, down = (packed(*shape, pick, dtype) for shape in ((64, wide), (wide, hidden), (hidden, wide)))
+
+    def held_after(call: Callable[[], object]) -> int:
+        def run() -> int:
+            torch.set_num_threads(num_threads)
+            call()
+            return int(native.extension().scratch_held())
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run).result()
+
+    def planned(layouts: list[RecordLayout], tokens: int, widest: int, num_experts: int = 8) -> int:
+        return decode.scratch_bytes(layouts, tokens, hidden, widest, num_threads, num_experts)
+
+    def experts(tokens: int) -> None:
+        pairs = torch.stack((torch.arange(tokens), torch.zeros(tokens)), dim=1).int()
+        rows = torch.empty(tokens, 1, hidden)
+        x = values(tokens, hidden, seed=0, dtype=dtype)
+        kernels.experts(x, pool, layout, [0], [Precision.FULL], [0, tokens], pairs, rows)
+
+    for tokens in (1, 40, 700):
+        x = values(tokens, wide, seed=0, dtype=dtype)
+        calls = (
+            lambda x=x: kernels.linear(x, matrix.packed, matrix.layout),
+            lambda x=x: decode.gated_mlp(x[:, :hidden], gate, gate, down),
+            lambda x=x: decode.route_rows(
+                decode.Router(values(8, hidden, seed=0, dtype=dtype), 2, True, dtype), x[:, :hidden]
+            ),
+            lambda tokens=tokens: experts(tokens),
+        )
+        for call in calls:
+            assert 0 < held_after(call) <= planned([layout], tokens, wide)
+    for length in (1, 300, 20000):
+        query, cache = values(16, 32, 1, 8, seed=0, dtype=dtype), values(1, 8, length, 8, seed=1, dtype=dtype)
+        held = held_after(
+            lambda q=query, c=cache: kernels.attend(q, c.expand(16, -1, -1, -1), c.expand(16, -1, -1, -1), 1.0)
+        )
+        assert held <= planned([], 1, 32 * 8)
+    assert held_after(lambda: experts(700)) > 0.4 * planned([layout], 700, wide)
+
+
+def test_the_bytes_of_buffers() -> None:
+    small, large = decode.Buffers(1, 64, 2, 8, torch.float32), decode.Buffers(16, 64, 2, 8, torch.float32)
+    assert large.nbytes - small.nbytes >= 15 * 2 * 64 * 4

@@ -18,7 +18,7 @@ ValueError. Calls release the interpreter; one Buffers serves one thread at a ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,7 @@ __all__ = [
     "rms_norm",
     "route",
     "route_rows",
+    "scratch_bytes",
     "silu_times",
 ]
 
@@ -132,6 +133,12 @@ class Buffers:
             self._scores.data_ptr(),
             self._indices.data_ptr(),
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all memory of these buffers."""
+        tensors = self.residual, self.normed, self._logits, self._scores, self._indices
+        return sum(tensor.nbytes for tensor in tensors) + int(self.native.bytes())
 
     @property
     def logits(self) -> Tensor:
@@ -349,6 +356,21 @@ class ExpertHalf:
             add_residual,
             threads.count(),
         )
+
+
+def scratch_bytes(
+    layouts: Iterable[RecordLayout],
+    tokens: int,
+    hidden: int,
+    widest_input: int,
+    num_threads: int,
+    num_experts: int = 512,
+) -> int:
+    """The most bytes of scratch that the kernels of a forward of at most `tokens` tokens keep, on the selected
+    instruction set; `Buffers.nbytes` is apart. layouts: of the experts' records (raw ones take none). widest_input: the
+    most columns of any dense matrix, the one that takes all heads included. num_experts: the most of a layer."""
+    records = [native.record(layout) for layout in dict.fromkeys(layouts) if not layout.is_raw]
+    return int(extension().scratch_bytes(records, tokens, hidden, widest_input, num_experts, num_threads))
 
 
 def _num_rows(x: Tensor, hidden: int, dtype: torch.dtype) -> int:

@@ -127,11 +127,6 @@ class Attention {
                Scratch::bytes_of<float>(threads * thread_floats());
     }
 
-    int64_t most_scratch_bytes(int threads) const {
-        const int64_t most = std::max<int64_t>(kWaveFloats / sums_floats(), kMaxBlocks);
-        return scratch_bytes(most, 1, threads);
-    }
-
   private:
     int64_t sums_floats() const { return widest_ * (static_cast<int64_t>(call_.value_dim) + 2); }
     int64_t thread_floats() const {
@@ -230,13 +225,12 @@ class Attention {
 
 void attend(const AttentionCall& call) { Attention(call).run(); }
 
-int64_t attention_scratch_bytes(int64_t heads, int64_t kv_heads, int key_dim, int value_dim, int threads) {
-    AttentionCall call{};
-    call.heads = heads;
-    call.kv_heads = kv_heads;
-    call.key_dim = key_dim;
-    call.value_dim = value_dim;
-    return Attention(call).most_scratch_bytes(threads);
+int64_t most_attention_scratch_bytes(int64_t widest, int threads) {
+    constexpr int64_t kFewestFloats = 10;  // of a block's sums: a head of 8 elements
+    const int64_t block = widest + 2 * kMaxHeads, thread = widest + kMaxHeads * kStep + kLanes;
+    return Scratch::bytes_of<std::atomic<int>>(kWaveFloats / kFewestFloats) +
+           Scratch::bytes_of<float>(std::max(kWaveFloats, kMaxBlocks * block)) +
+           Scratch::bytes_of<float>(threads * thread);
 }
 
 }  // namespace fate

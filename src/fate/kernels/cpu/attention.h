@@ -36,7 +36,7 @@ struct AttentionCall {
 // its positions are cut into blocks by their number alone, and blocks are joined in order.
 void attend(const AttentionCall& call);
 
-// Bytes of scratch of a call of any number of rows and positions, on this many threads.
-int64_t attention_scratch_bytes(int64_t heads, int64_t kv_heads, int key_dim, int value_dim, int threads);
+// The most bytes of scratch of any call whose heads have at least 8 elements each, and at most `widest` together.
+int64_t most_attention_scratch_bytes(int64_t widest, int threads);
 
 }  // namespace fate

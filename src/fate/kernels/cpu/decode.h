@@ -43,6 +43,9 @@ struct AttentionStep {
 
 void attention_half(const AttentionHalf& half, const AttentionStep& step);
 
+// Bytes of scratch that it takes beside its kernels', for matrices of so many rows.
+int64_t attention_half_scratch_bytes(int64_t hidden, int64_t query_rows, int64_t key_rows, DType dtype, int64_t rows);
+
 // What the routing of some rows says. Pairs of a row and a rank count that have an expert and a weight other than zero.
 struct Routed {
     std::vector<int> experts;     // distinct, those of most pairs first, of equals the lower number
@@ -72,6 +75,8 @@ class DecodeBuffers {
     void set_normed(const void* x, int64_t rows);
 
     void require_rows(int64_t rows) const;
+    // Of its own, beside the caller's.
+    int64_t bytes() const;
     int hidden() const { return hidden_; }
     DType dtype() const { return dtype_; }
     void* residual() const { return memory_.residual; }

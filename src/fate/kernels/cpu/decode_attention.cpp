@@ -4,12 +4,19 @@
 
 namespace fate {
 
+int64_t attention_half_scratch_bytes(int64_t hidden, int64_t query_rows, int64_t key_rows, DType dtype, int64_t rows) {
+    const int64_t each = rows * item_bytes(dtype);
+    return Scratch::rounded(each * hidden) + 2 * Scratch::rounded(each * query_rows) +
+           2 * Scratch::rounded(each * key_rows);
+}
+
 void attention_half(const AttentionHalf& half, const AttentionStep& step) {
     const int64_t item = item_bytes(half.dtype), count = step.rows * half.hidden();
     const int64_t hidden = count * item, queries = step.rows * half.query.matrix.rows * item;
     const int64_t keys = step.rows * half.key.matrix.rows * item;
-    Scratch& scratch = Scratch::reserve(
-        Scratch::rounded(hidden) + 2 * Scratch::rounded(queries) + 2 * Scratch::rounded(keys), Scratch::kCaller);
+    Scratch& scratch = Scratch::reserve(attention_half_scratch_bytes(half.hidden(), half.query.matrix.rows,
+                                                                     half.key.matrix.rows, half.dtype, step.rows),
+                                        Scratch::kCaller);
     void *normed = scratch.take<char>(hidden), *heads = scratch.take<char>(queries);
     HeadsCall call{half.query, half.key,       half.value,   step.rotary, normed,           half.dtype,
                    step.rows,  half.head_dim, step.threads, step.cache,  step.key_strides, step.value_strides};

@@ -39,6 +39,12 @@ void DecodeBuffers::require_rows(int64_t rows) const {
                                     std::to_string(max_rows_));
 }
 
+int64_t DecodeBuffers::bytes() const {
+    return static_cast<int64_t>((weights_.size() + expert_rows_.size()) * sizeof(float) +
+                                (pairs_.size() + own_pairs_.size()) * sizeof(int32_t) +
+                                of_expert_.size() * sizeof(Pairs) + shared_.size());
+}
+
 void DecodeBuffers::set_normed(const void* x, int64_t rows) {
     require_rows(rows);
     std::memcpy(memory_.normed, x, rows * hidden_ * item_bytes(dtype_));

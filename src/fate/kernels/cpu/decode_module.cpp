@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <new>
 #include <tuple>
 #include <vector>
@@ -14,6 +15,8 @@
 #include "decode.h"
 #include "fused.h"
 #include "gate.h"
+#include "linear.h"
+#include "scratch.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -175,6 +178,25 @@ void run_expert_half(const ExpertHalf& half, DecodeBuffers& buffers, int64_t row
              first, last, pointer<void>(out), add_residual, threads);
 }
 
+// What the calling thread's scratch comes to hold in forwards of at most `tokens` tokens: the most of any kernel, and the
+// most of what joins kernels. Inputs of matrices have at most `widest` columns, heads together included.
+int64_t scratch_bytes(const std::vector<const Record*>& experts, int64_t tokens, int hidden, int widest,
+                      int num_experts, int threads) {
+    require(tokens > 0 && hidden > 0 && widest > 0 && num_experts > 0 && threads > 0, "all sizes must be positive");
+    const int64_t rows = std::min(tokens, kMaxRows);
+    int64_t kernels = std::max(linear_scratch_bytes(std::max(hidden, widest), tokens, threads),
+                               gate_scratch_bytes(hidden, tokens, threads));
+    for (const Record* record : experts) {
+        require(record->count == 2, "an expert needs two matrices");
+        kernels = std::max(kernels, experts_scratch_bytes(*record, tokens, threads));
+    }
+    kernels = std::max(kernels, most_attention_scratch_bytes(widest, threads));
+    const int64_t callers = std::max({attention_half_scratch_bytes(hidden, widest, widest, DType::kFloat32, rows),
+                                      gated_mlp_scratch_bytes(widest, DType::kFloat32, tokens),
+                                      choice_scratch_bytes(num_experts, tokens, threads)});
+    return kernels + callers;
+}
+
 void bind_objects(nb::module_& m) {
     nb::class_<Norm>(m, "Norm")
         .def("__init__", [](Norm* at, uint64_t weight, int cols, float eps, bool round_before_scale) {
@@ -197,6 +219,7 @@ void bind_objects(nb::module_& m) {
     nb::class_<DecodeBuffers>(m, "Buffers")
         .def("__init__", &make_buffers, "rows"_a, "hidden"_a, "top_k"_a, "num_experts"_a, "dtype"_a, "residual"_a,
              "normed"_a, "logits"_a, "scores"_a, "indices"_a)
+        .def("bytes", &DecodeBuffers::bytes)
         .def("route", &route_rows_of)
         .def("choose", &choose);
     nb::class_<AttentionHalf>(m, "AttentionHalf")
@@ -221,6 +244,8 @@ void bind_objects(nb::module_& m) {
 }
 
 void bind_operations(nb::module_& m) {
+    m.def("scratch_bytes", &scratch_bytes);
+    m.def("scratch_held", &Scratch::held);
     m.def("norm_rows", [](const Norm& norm, uint64_t x, int dtype, int64_t rows, uint64_t out, int threads) {
         nb::gil_scoped_release release;
         rms_norm(norm, pointer<const void>(x), static_cast<DType>(dtype), rows, pointer<void>(out), threads);

@@ -63,6 +63,15 @@ void part(const float* first, const float* second, int count, float* gate, float
     for (int r = 0; r < 2 * count; ++r) (r % 2 == 0 ? gate : up)[r / 2] = r < count ? first[r] : second[r - count];
 }
 
+int groups_of(int cols) { return (cols + kGroup - 1) / kGroup; }
+
+// Of one thread: two tiles, or a token as floats, and what a kernel unpacks.
+int64_t thread_bytes(int hidden, int inner) {
+    return Scratch::rounded((2 * kTileFloats + round_up(hidden, kLanes)) * sizeof(float) +
+                            std::max(tile_kernels().scratch_bytes(groups_of(hidden)),
+                                     tile_kernels().scratch_bytes(groups_of(inner))));
+}
+
 // Consecutive segments of one pass, and the pair they start at.
 struct PassPlan {
     std::vector<Segment> segments;
@@ -89,11 +98,9 @@ class Pass {
         for (int r = 0; r < kInterRows * plan.pairs; ++r) inter_rows_[r] = inter_quantized_.row(r);
     }
 
-    static int64_t scratch_bytes(const PassPlan& plan, int inner_groups, int inner) {
-        return Scratch::rounded(plan.pairs * sizeof(TokenRow)) +
-               Scratch::rounded(kInterRows * plan.pairs * sizeof(TokenRow)) +
-               rows_bytes(kInterRows * plan.pairs, inner_groups) +
-               Scratch::rounded(static_cast<int64_t>(plan.pairs) * inner * sizeof(float));
+    static int64_t scratch_bytes(int64_t pairs, int inner) {
+        return Scratch::bytes_of<TokenRow>(pairs) + Scratch::bytes_of<TokenRow>(kInterRows * pairs) +
+               rows_bytes(kInterRows * pairs, groups_of(inner)) + Scratch::bytes_of<float>(pairs * inner);
     }
 
     void run(const std::vector<Item>& up_items, const std::vector<Item>& down_items, int threads) const {
@@ -199,23 +206,31 @@ void quantize_token(const ExpertsCall& call, int cols, int64_t token, float* flo
     quantize_row(floats, cols, out, token);
 }
 
+// Of a call whose largest pass has `pairs` pairs.
+int64_t call_bytes(int64_t tokens, int64_t pairs, int hidden, int inner, int threads) {
+    return rows_bytes(tokens, groups_of(hidden)) + threads * thread_bytes(hidden, inner) +
+           Pass::scratch_bytes(pairs, inner);
+}
+
 }  // namespace
+
+int64_t experts_scratch_bytes(const Record& record, int64_t tokens, int threads) {
+    return call_bytes(tokens, kMaxPairs, record.places[1].rows, record.places[1].cols, threads);
+}
 
 void experts(const ExpertsCall& call, const ExpertWork* work, int count) {
     const std::vector<PassPlan> passes = make_passes(call, work, count);
     if (passes.empty()) return;
     const Matrix up = passes[0].segments[0].up, down = passes[0].segments[0].down;
-    const int64_t per_thread = Scratch::rounded(
-        (2 * kTileFloats + round_up(up.cols, kLanes)) * sizeof(float) +
-        std::max(tile_kernels().scratch_bytes(up.groups), tile_kernels().scratch_bytes(down.groups)));
-    int64_t pass_bytes = 0, pairs = 0;
+    const int64_t per_thread = thread_bytes(up.cols, down.cols);
+    int64_t most = 0, pairs = 0;
     for (const PassPlan& pass : passes) {
         pairs += pass.pairs;
-        pass_bytes = std::max(pass_bytes, Pass::scratch_bytes(pass, down.groups, down.cols));
+        most = std::max<int64_t>(most, pass.pairs);
     }
     const int64_t products = pairs * down.rows * down.cols;
     const int threads = products < kMinParallelWork ? 1 : call.threads;
-    Scratch& scratch = Scratch::reserve(rows_bytes(call.tokens, up.groups) + threads * per_thread + pass_bytes);
+    Scratch& scratch = Scratch::reserve(call_bytes(call.tokens, most, up.cols, down.cols, threads));
     const TokenRows x = take_rows(scratch, call.tokens, up.groups);
     char* threads_memory = scratch.take<char>(threads * per_thread);
     parallel_for(call.tokens, call.tokens > 2 ? threads : 1, [&](int64_t token, int thread) {

@@ -167,7 +167,8 @@ void project_heads(const HeadsCall& call) {
 void gated_mlp(const Dense& gate, const Dense& up, const Dense& down, const void* x, DType dtype, int64_t tokens,
                void* out, int threads) {
     const int64_t inner = gate.matrix.rows, bytes = std::min(tokens, kMlpTokens) * inner * item_bytes(dtype);
-    Scratch& scratch = Scratch::reserve(2 * Scratch::rounded(bytes), Scratch::kCaller);
+    Scratch& scratch =
+        Scratch::reserve(gated_mlp_scratch_bytes(gate.matrix.rows, dtype, tokens), Scratch::kCaller);
     void *gated = scratch.take<char>(bytes), *upped = scratch.take<char>(bytes);
     for (int64_t first = 0; first < tokens; first += kMlpTokens) {
         const int64_t n = std::min(kMlpTokens, tokens - first);
@@ -178,6 +179,10 @@ void gated_mlp(const Dense& gate, const Dense& up, const Dense& down, const void
         });
         linear({{down.matrix, down.bias, element(out, dtype, first * down.matrix.rows)}}, gated, dtype, n, threads);
     }
+}
+
+int64_t gated_mlp_scratch_bytes(int inner, DType dtype, int64_t tokens) {
+    return 2 * Scratch::rounded(std::min(tokens, kMlpTokens) * inner * item_bytes(dtype));
 }
 
 void add_gated(const void* experts, const void* shared, const void* x, const void* share, DType dtype, int64_t tokens,

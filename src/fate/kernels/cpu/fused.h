@@ -62,6 +62,9 @@ void project_heads(const HeadsCall& call);
 void gated_mlp(const Dense& gate, const Dense& up, const Dense& down, const void* x, DType dtype, int64_t tokens,
                void* out, int threads);
 
+// Bytes of scratch that it takes beside its products'.
+int64_t gated_mlp_scratch_bytes(int inner, DType dtype, int64_t tokens);
+
 // experts + sigmoid(x . share) * shared, all [tokens, hidden], share [hidden] (null: experts + shared) -> out, which may
 // be one of them.
 void add_gated(const void* experts, const void* shared, const void* x, const void* share, DType dtype, int64_t tokens,

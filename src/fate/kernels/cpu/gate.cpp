@@ -68,13 +68,15 @@ struct ChoiceScratch {
 
     ChoiceScratch(int64_t tokens, int experts, int limit, int most_threads)
         : threads(tokens * experts > kFewChoices ? most_threads : 1) {
-        Scratch& scratch = Scratch::reserve(Scratch::bytes_of<float>(tokens * experts) +
-                                                Scratch::bytes_of<int>(threads * experts) +
-                                                Scratch::bytes_of<float>(threads * limit),
-                                            Scratch::kCaller);
+        Scratch& scratch = Scratch::reserve(bytes(tokens, experts, limit, threads), Scratch::kCaller);
         logits = scratch.take<float>(tokens * experts);
         order = scratch.take<int>(threads * experts);
         probabilities = scratch.take<float>(threads * limit);
+    }
+
+    static int64_t bytes(int64_t tokens, int experts, int limit, int threads) {
+        return Scratch::bytes_of<float>(tokens * experts) + Scratch::bytes_of<int>(threads * experts) +
+               Scratch::bytes_of<float>(threads * limit);
     }
 };
 
@@ -137,6 +139,14 @@ void route(const Router& router, const void* x, DType dtype, int64_t tokens, con
                     choice.indices + first * router.top_k},
                    threads);
     }
+}
+
+int64_t gate_scratch_bytes(int hidden, int64_t tokens, int threads) {
+    return Scratch::bytes_of<float>((tokens > kFewTokens ? threads : 1) * std::min(tokens, kFewTokens) * hidden);
+}
+
+int64_t choice_scratch_bytes(int experts, int64_t tokens, int threads) {
+    return ChoiceScratch::bytes(std::min(tokens, kMaxTokens), experts, experts, threads);
 }
 
 }  // namespace fate

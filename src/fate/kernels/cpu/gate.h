@@ -36,4 +36,8 @@ struct Choice {
 };
 void route(const Router& router, const void* x, DType dtype, int64_t tokens, const Choice& choice, int threads);
 
+// Bytes of scratch of these functions for `tokens` tokens: of the products, and of what is made of them.
+int64_t gate_scratch_bytes(int hidden, int64_t tokens, int threads);
+int64_t choice_scratch_bytes(int experts, int64_t tokens, int threads);
+
 }  // namespace fate

@@ -16,17 +16,23 @@ struct LinearScratch {
     char* kernel;   // [threads][kernel_bytes]
     int64_t floats_each, kernel_bytes;
 
-    LinearScratch(int cols, int groups, int tokens, int threads) {
-        floats_each = round_up(std::max<int>(cols, kTileFloats + kTileRows), kLanes);
-        kernel_bytes = Scratch::rounded(tile_kernels().scratch_bytes(groups));
-        Scratch& scratch = Scratch::reserve(
-            rows_bytes(tokens, groups) + Scratch::rounded(tokens * sizeof(TokenRow)) +
-            threads * (floats_each * sizeof(float) + kernel_bytes));
+    LinearScratch(int cols, int groups, int tokens, int threads)
+        : floats_each(floats_for(cols)), kernel_bytes(kernel_bytes_for(groups)) {
+        Scratch& scratch = Scratch::reserve(bytes_for(cols, groups, tokens, threads));
         quantized = take_rows(scratch, tokens, groups);
         rows = scratch.take<TokenRow>(tokens);
         floats = scratch.take<float>(threads * floats_each);
         kernel = scratch.take<char>(threads * kernel_bytes);
     }
+
+    static int64_t bytes_for(int cols, int groups, int tokens, int threads) {
+        return rows_bytes(tokens, groups) + Scratch::bytes_of<TokenRow>(tokens) +
+               Scratch::bytes_of<float>(threads * floats_for(cols)) + threads * kernel_bytes_for(groups);
+    }
+
+  private:
+    static int64_t floats_for(int cols) { return round_up(std::max<int>(cols, kTileFloats + kTileRows), kLanes); }
+    static int64_t kernel_bytes_for(int groups) { return Scratch::rounded(tile_kernels().scratch_bytes(groups)); }
 };
 
 struct LinearPass {
@@ -90,6 +96,11 @@ struct LinearPass {
 };
 
 }  // namespace
+
+int64_t linear_scratch_bytes(int cols, int64_t tokens, int threads) {
+    return LinearScratch::bytes_for(cols, (cols + kGroup - 1) / kGroup,
+                                    static_cast<int>(std::min<int64_t>(tokens, kMaxTokens)), threads);
+}
 
 void linear(std::initializer_list<Product> products, const void* x, DType dtype, int64_t tokens, int threads) {
     const Matrix& any = products.begin()->matrix;

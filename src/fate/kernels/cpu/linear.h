@@ -21,6 +21,9 @@ struct Product {
 // quantized once, and are shared out over the threads together.
 void linear(std::initializer_list<Product> products, const void* x, DType dtype, int64_t tokens, int threads);
 
+// Bytes of scratch of products of `tokens` tokens of `cols` columns.
+int64_t linear_scratch_bytes(int cols, int64_t tokens, int threads);
+
 // One expert of a call: its record, read to INT2 depth if prefix_only, and its (token, rank) pairs.
 struct ExpertWork {
     const uint8_t* record;
@@ -46,5 +49,8 @@ struct ExpertsCall {
 
 // rows[token, rank] = down(activation(gate_up(x))) for every pair of every expert.
 void experts(const ExpertsCall& call, const ExpertWork* work, int count);
+
+// Bytes of scratch of a call of `tokens` tokens whose experts are such records, of at least 512 pairs.
+int64_t experts_scratch_bytes(const Record& record, int64_t tokens, int threads);
 
 }  // namespace fate

@@ -17,12 +17,14 @@ class Scratch {
 
     // The calling thread's scratch, empty and at least `bytes` large.
     static Scratch& reserve(int64_t bytes, Level level = kKernel) {
-        static thread_local Scratch scratches[2];
-        Scratch& scratch = scratches[level];
+        Scratch& scratch = own()[level];
         scratch.grow(bytes);
         scratch.used_ = 0;
         return scratch;
     }
+
+    // Bytes that the calling thread's scratches hold.
+    static int64_t held() { return own()[kKernel].size_ + own()[kCaller].size_; }
 
     // Bytes that take<T>(count) uses.
     template <typename T>
@@ -44,6 +46,11 @@ class Scratch {
     ~Scratch() { std::free(base_); }
 
   private:
+    static Scratch* own() {
+        static thread_local Scratch scratches[2];
+        return scratches;
+    }
+
     void grow(int64_t bytes) {
         bytes = rounded(bytes);
         if (bytes <= size_) return;

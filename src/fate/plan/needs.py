@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fate.core import Envelope
-from fate.kernels import threads
+from fate.kernels import decode, native, threads
 from fate.models.adapters import Adaptation, adaptation
 from fate.plan.budget import Needs
 from fate.plan.machine import resident_bytes
-from fate.store.format import StoreHeader
+from fate.store.format import RecordLayout, StoreHeader
 from fate.store.reader import DENSE_FILE, PACKED_FILE
 from fate.units import MIB
 
@@ -155,7 +155,9 @@ def _buffer_bytes(model: PreTrainedModel, header: StoreHeader, envelope: Envelop
     layouts = [header.layout(index) for index in range(len(header.layers))]
     scratch = 4 * max((m.weights for layout in layouts if layout.is_raw for m in layout.matrices), default=0)
     inputs = (m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear))
-    kernel = _kernel_scratch(tokens, config.hidden_size, max(inputs, default=config.hidden_size), header)
+    num_experts = max(layer.num_experts for layer in header.layers)
+    widest_input = max(inputs, default=config.hidden_size)
+    kernel = _kernel_scratch(layouts, tokens, config.hidden_size, widest_input, num_experts)
     return expert_rows + hidden + expanded + mask + logits + scratch + kernel
 
 
@@ -166,12 +168,8 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return max(latent, own, getattr(config, "v_head_dim", None) or 0)
 
 
-def _kernel_scratch(tokens: int, hidden: int, widest_input: int, header: StoreHeader) -> int:
-    """The CPU kernels' buffers: int8 activations, in both orders of their columns, with their scales; of 512 pairs at a
-    time the intermediate rows too, as floats and in twice two int8; or 512 tokens of the widest matrix; and each
-    thread's unpacked weight rows and tiles."""
-    intermediate = max(m.cols for layer in header.layers for m in layer.matrices)
-    each_thread = 40 * max(hidden, intermediate, widest_input) + 80_000
-    of_experts = tokens * (2.13 * hidden + 240) + 512 * (8.3 * intermediate + 592)
-    of_widest = min(tokens, 512) * (2.13 * widest_input + 280)
-    return int(max(of_experts, of_widest)) + threads.count() * each_thread
+def _kernel_scratch(layouts: list[RecordLayout], tokens: int, hidden: int, widest_input: int, num_experts: int) -> int:
+    """What the CPU kernels of a forward keep, by their own count; nothing where torch does their work."""
+    if native.extension() is None:
+        return 0
+    return decode.scratch_bytes(layouts, tokens, hidden, widest_input, threads.count(), num_experts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fate import kernels
 from fate.core import Precision
-from fate.kernels import decode, fused
+from fate.kernels import decode
 from fate.kernels.activation import SWIGLU
 from packed_records import expert_layout, matrix_layout, random_record
 
@@ -189,15 +188,31 @@ class Layer:
         """x [1, hidden] plus attention of one row, and its key and value to the cache."""
         cos, sin = (angle[row : row + 1] if len(angle) > 1 else angle for angle in rotary)
         normed = decode.rms_norm(x, self.norms[0])
-        matrices = tuple(fused.PackedMatrix(SimpleNamespace(**m._asdict())) for m in (self.query, self.key, self.value))
-        head_norms: Any = tuple(None if n is None else fused.Norm(*n) for n in self.head_norms)
-        query, key, value = fused.project_heads(normed, matrices, head_norms, (cos, sin), self.dim)  # type: ignore[arg-type]
+        query, key, value = (
+            kernels.linear(normed, m.packed, m.layout, bias=m.bias) for m in (self.query, self.key, self.value)
+        )
+        query_norm, key_norm = self.head_norms
+        query = self.rotated(query if query_norm is None else self.normalized(query, query_norm), cos, sin)
+        key = self.rotated(key if key_norm is None else self.normalized(key, key_norm), cos, sin)
+        value = value.view(1, -1, 1, self.dim)
         start, length = caches.starts[row], caches.lengths[row]
         caches.keys[row][:, length - 1] = key[0, :, 0]
         caches.values[row][:, length - 1] = value[0, :, 0]
         seen = slice(start, length)
         given = kernels.attend(query, caches.keys[row][None, :, seen], caches.values[row][None, :, seen], self.scale)
         return x + kernels.linear(given.view(1, -1), self.output.packed, self.output.layout, bias=self.output.bias)
+
+    @staticmethod
+    def normalized(states: Tensor, norm: decode.Norm) -> Tensor:
+        """states [1, heads * dim], each head by itself or all at once, as wide as the norm's weight is."""
+        return decode.rms_norm(states.view(-1, norm.weight.numel()), norm).view(1, -1)
+
+    def rotated(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """states [1, heads * dim] -> [1, heads, 1, dim], their first elements rotated as transformers rotates them."""
+        states, turn = states.view(1, -1, 1, self.dim), cos.shape[-1]
+        first, rest = states[..., :turn], states[..., turn:]
+        half = torch.cat((-first[..., turn // 2 :], first[..., : turn // 2]), dim=-1)
+        return torch.cat((first * cos[:, None] + half * sin[:, None], rest), dim=-1).contiguous()
 
     def experts_alone(self, normed: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """The block of one row, normed [1, hidden]."""

@@ -1,9 +1,8 @@
-// A sparse block in one call, against the kernels that it joins called one after another: the same bits.
 #include "block_case.h"
 
 #include "activations.h"
 #include "cases.h"
-#include "fused.h"
+#include "ops.h"
 #include "gate.h"
 #include "linear.h"
 #include "rows.h"
@@ -64,50 +63,6 @@ AnyBlock::AnyBlock(Random& random, int hidden, DType dtype, int threads, const E
              {router.as(), experts, hidden, top_k, random.chance(0.5), random.chance(0.5) ? dtype : DType::kFloat32},
              &record, {}, pool.as(), record.bytes, experts,
              slots.as<int64_t>(), known, random.chance(0.7) ? &shared : nullptr, out.as(), threads};
-}
-
-bool AnyBlock::expected(const void* x, const Exact& out, std::vector<int>& experts) const {
-    const fate::SparseBlock& b = block;
-    const int64_t item = fate::item_bytes(b.dtype);
-    const int top_k = b.router.top_k, hidden = b.router.hidden;
-    const Exact logits(b.router.experts * item), scores(top_k * fate::item_bytes(b.router.score_dtype));
-    const Exact indices(top_k * 8), rows(static_cast<int64_t>(top_k) * hidden * 4);
-    fate::route(b.router, x, b.dtype, 1, {logits.as(), scores.as(), indices.as<int64_t>()}, 1);
-    std::vector<int32_t> pairs;
-    std::vector<fate::ExpertWork> work;
-    for (int rank = 0; rank < top_k; ++rank) {
-        const int64_t expert = indices.as<int64_t>()[rank];
-        if (get(scores.as(), rank, b.router.score_dtype) == 0.0f) continue;
-        if (expert >= b.known || b.slots[expert] < 0) return false;
-        work.push_back({b.pool + b.slots[expert] * b.slot_bytes, false, static_cast<int64_t>(work.size()), 1});
-        pairs.insert(pairs.end(), {0, rank});
-        experts.push_back(static_cast<int>(expert));
-    }
-    std::sort(experts.begin(), experts.end());
-    fate::experts({b.record, x, b.dtype, 1, pairs.data(), rows.as<float>(), top_k, b.threads, b.activation},
-                  work.data(), static_cast<int>(work.size()));
-    fate::reduce_rows(rows.as<float>(), scores.as(), b.router.score_dtype, 1, top_k, hidden, b.dtype, out.as(),
-                      b.threads);
-    if (b.shared == nullptr) return true;
-    const Exact given(hidden * item);
-    fate::gated_mlp(b.shared->gate, b.shared->up, b.shared->down, x, b.dtype, 1, given.as(), b.threads);
-    fate::add_gated(out.as(), given.as(), x, b.shared->share, b.dtype, 1, hidden, out.as(), b.threads);
-    return true;
-}
-
-void block(Random& random, const std::string&) {
-    const DType dtype = any_dtype(random);
-    const int hidden = random.size(300);
-    const int64_t bytes = static_cast<int64_t>(hidden) * fate::item_bytes(dtype);
-    const Exact x = random_values(random, hidden, dtype), out(bytes), expected(bytes);
-    const AnyBlock any(random, hidden, dtype, static_cast<int>(random.in(1, 3)), x, out);
-    std::vector<int> experts;
-    const bool whole = any.expected(x.as(), expected, experts);
-    const fate::BlockRun run = fate::sparse_block(any.block);
-    if (run.whole != whole) fail("all experts are in memory", run.whole, whole, 0);
-    if (!whole) return;
-    if (run.experts != experts) fail("experts chosen", 0, 0, 0);
-    if (std::memcmp(out.as(), expected.as(), bytes) != 0) fail("a block in one call", 1, 0, 0);
 }
 
 }  // namespace fuzz

@@ -17,7 +17,6 @@ void rank(Random& random, const std::string& planted);
 void copy(Random& random, const std::string& planted);
 void layer(Random& random, const std::string& planted);
 void gated(Random& random, const std::string& planted);
-void block(Random& random, const std::string& planted);
 void decode(Random& random, const std::string& planted);
 
 }  // namespace fuzz

@@ -1,7 +1,7 @@
 // What joins several kernels in one call, against those kernels called one after another: the same bits.
 #include "block_case.h"
 #include "cases.h"
-#include "fused.h"
+#include "ops.h"
 #include "gate.h"
 
 namespace fuzz {
@@ -46,29 +46,6 @@ struct Caches {
 
 fate::Norm any_norm(Random& random, const Exact& weight, int cols) {
     return {weight.as(), cols, 1e-5f, random.chance(0.5)};
-}
-
-// A layer with a sparse block, whose first half is known to give these. It appends to the cache what is there already.
-void with_block(Random& random, const fate::AttentionHalf& half, const fate::AttentionStep& step, const Exact& residual,
-                const Exact& normed) {
-    const DType dtype = half.dtype;
-    const int hidden = half.hidden();
-    const Exact out(residual.size()), expected(residual.size()), of_block(residual.size());
-    const AnyBlock any(random, hidden, dtype, step.threads, normed, of_block);
-    std::vector<int> experts;
-    const bool whole = any.expected(normed.as(), expected, experts);
-    const fate::BlockRun run = fate::decoder_layer(half, step, any.block, out.as());
-    if (run.whole != whole) fail("all experts of a layer are in memory", run.whole, whole, 0);
-    const Exact ours[2] = {Exact(residual.size()), Exact(residual.size())};
-    std::memcpy(ours[0].as(), step.residual, residual.size());
-    std::memcpy(ours[1].as(), step.normed, residual.size());
-    require_same("x + attention, of a layer", ours[0], residual);
-    require_same("its norm, of a layer", ours[1], normed);
-    if (!whole) return;
-    for (int i = 0; i < hidden; ++i) {
-        put(expected.as(), i, dtype, get(residual.as(), i, dtype) + get(expected.as(), i, dtype));
-    }
-    require_same("a layer in one call", out, expected);
 }
 
 }  // namespace
@@ -138,7 +115,6 @@ void layer(Random& random, const std::string&) {
     }
     require_same("x + attention", residual, expected);
     require_same("its norm", normed, expected_normed);
-    if (rows == 1) with_block(random, half, step, expected, expected_normed);
 }
 
 void gated(Random& random, const std::string&) {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "expert_activation.h"
-#include "fused.h"
+#include "ops.h"
 #include "gate.h"
 #include "layout.h"
 #include "numeric.h"

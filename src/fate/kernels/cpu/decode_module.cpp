@@ -13,7 +13,7 @@
 
 #include "binding.h"
 #include "decode.h"
-#include "fused.h"
+#include "ops.h"
 #include "gate.h"
 #include "linear.h"
 #include "scratch.h"

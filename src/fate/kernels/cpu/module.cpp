@@ -14,8 +14,7 @@
 
 #include "attention.h"
 #include "binding.h"
-#include "block.h"
-#include "fused.h"
+#include "ops.h"
 #include "gate.h"
 #include "linear.h"
 #include "quantize.h"
@@ -195,240 +194,6 @@ void bind_copy_paced(uint64_t to, uint64_t from, int64_t length, int64_t chunk, 
                pointer<Progress>(progress));
 }
 
-// Keeps the interpreter: giving it up for some microseconds would cost more than they are worth.
-std::vector<std::pair<int, float>> bind_rank_experts(uint64_t weights, uint64_t x, int dtype, int experts, int hidden,
-                                                     int limit) {
-    require(experts > 0 && hidden > 0 && limit > 0, "a gate needs experts, a hidden size and a limit");
-    return rank_experts(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), experts,
-                        hidden, 1, limit, 1)[0];
-}
-
-// Keeps the interpreter, as above.
-void bind_route(uint64_t weights, uint64_t x, int dtype, std::tuple<int, int, int> shape, bool normalize,
-                std::tuple<uint64_t, uint64_t, int, uint64_t> out) {
-    const auto [experts, hidden, top_k] = shape;
-    const auto [logits, scores, score_dtype, indices] = out;
-    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
-    route({pointer<const void>(weights), experts, hidden, top_k, normalize, static_cast<DType>(score_dtype)},
-          pointer<const void>(x), static_cast<DType>(dtype), 1,
-          {pointer<void>(logits), pointer<void>(scores), pointer<int64_t>(indices)}, 1);
-}
-
-// Keeps the interpreter, as above.
-void bind_multiply_few_rows(uint64_t weights, uint64_t x, int dtype, int rows, int cols, int64_t tokens, uint64_t out) {
-    require(rows > 0 && cols > 0, "a matrix needs rows and columns");
-    multiply_few_rows(pointer<const void>(weights), pointer<const void>(x), static_cast<DType>(dtype), rows, cols,
-                      tokens, pointer<void>(out), 1);
-}
-
-// Keeps the interpreter, as above.
-void bind_add_gated(uint64_t experts, uint64_t shared, uint64_t x, uint64_t weight, int dtype, int64_t tokens,
-                    int hidden, uint64_t out) {
-    require(hidden > 0, "a gate needs columns");
-    add_gated(pointer<const void>(experts), pointer<const void>(shared), pointer<const void>(x),
-              pointer<const void>(weight), static_cast<DType>(dtype), tokens, hidden, pointer<void>(out), 1);
-}
-
-using Packed = std::tuple<const Record*, uint64_t, uint64_t>;  // a record of one matrix, its address, its bias
-using NormOf = std::tuple<uint64_t, int, float, bool>;          // see Norm
-
-Dense dense_of(const Packed& packed) {
-    return {matrix_of(*std::get<0>(packed), 0, false, std::get<1>(packed)), pointer<const void>(std::get<2>(packed))};
-}
-
-Norm norm_of(const NormOf& norm) {
-    const auto [weight, cols, eps, rounds_first] = norm;
-    return {pointer<const void>(weight), cols, eps, rounds_first};
-}
-
-Projection projection(const Packed& packed, const NormOf& norm, uint64_t out) {
-    const Dense dense = dense_of(packed);
-    const Projection made{dense.matrix, dense.bias, norm_of(norm), pointer<void>(out)};
-    require_norm_of_heads(made);
-    return made;
-}
-
-void bind_rms_norm(const NormOf& norm, uint64_t x, int dtype, int64_t rows, uint64_t out, int threads) {
-    require(std::get<1>(norm) > 0, "a norm needs columns");
-    nb::gil_scoped_release release;
-    rms_norm(norm_of(norm), pointer<const void>(x), static_cast<DType>(dtype), rows, pointer<void>(out), threads);
-}
-
-using RotaryOf = std::tuple<uint64_t, uint64_t, int, int>;  // see Rotary
-
-HeadsCall heads_call(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
-                     const NormOf& key_norm, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
-                     int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
-    const auto [cos, sin, dim, step] = rotary;
-    const HeadsCall call{projection(query, query_norm, std::get<0>(out)),
-                         projection(key, key_norm, std::get<1>(out)),
-                         projection(value, {0, 0, 0.0f, false}, std::get<2>(out)),
-                         {pointer<const void>(cos), pointer<const void>(sin), dim, step},
-                         pointer<const void>(x),
-                         static_cast<DType>(dtype),
-                         tokens,
-                         head_dim,
-                         threads};
-    require_heads(call.query, call.key, call.value, head_dim);
-    require(dim >= 0 && dim <= head_dim && dim % 2 == 0, "a rotation needs an even part of a head");
-    return call;
-}
-
-void bind_project_heads(const Packed& query, const Packed& key, const Packed& value, const NormOf& query_norm,
-                        const NormOf& key_norm, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
-                        int head_dim, std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
-    const HeadsCall call =
-        heads_call(query, key, value, query_norm, key_norm, rotary, x, dtype, tokens, head_dim, out, threads);
-    nb::gil_scoped_release release;
-    project_heads(call);
-}
-
-void bind_gated_mlp(const Packed& gate, const Packed& up, const Packed& down, uint64_t x, int dtype, int64_t tokens,
-                    uint64_t out, int threads) {
-    const Dense first = dense_of(gate), second = dense_of(up), third = dense_of(down);
-    require_gated_mlp(first.matrix, second.matrix, third.matrix);
-    nb::gil_scoped_release release;
-    gated_mlp(first, second, third, pointer<const void>(x), static_cast<DType>(dtype), tokens, pointer<void>(out),
-              threads);
-}
-
-void bind_attend_project(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides,
-                         int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims,
-                         float scale, const Packed& packed, uint64_t out, int threads) {
-    const Dense dense = dense_of(packed);
-    with_attention(q, keys, key_strides, values, value_strides, dtype, shape, dims, scale, [&](AttentionCall call) {
-        call.threads = threads;
-        require(dense.matrix.cols == call.heads * call.value_dim, "the output matrix must take all heads");
-        nb::gil_scoped_release release;
-        attend_project(call, dense, pointer<void>(out));
-    });
-}
-
-using HalfNorms = std::tuple<NormOf, NormOf>;                      // before attention and after it
-using HalfMatrices = std::tuple<Packed, Packed, Packed, Packed>;   // of queries, keys, values and the output
-// Keys, values, and the positions there are with the new one.
-using CachePlace = std::tuple<uint64_t, Strides, uint64_t, Strides, int64_t>;
-
-// Both norms, matrices, norms of heads, dim of a head and scale.
-using HalfForm = std::tuple<HalfNorms, HalfMatrices, HalfNorms, int, float>;
-
-// Calls body(half, step).
-template <typename Body>
-void with_attention_half(const HalfForm& form, const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens,
-                         const CachePlace& cache, std::tuple<uint64_t, uint64_t> out, int threads, const Body& body) {
-    const auto& [norms, matrices, head_norms, head_dim, scale] = form;
-    const auto& [query, key, value, output] = matrices;
-    const auto& [keys, key_strides, values, value_strides, length] = cache;
-    const HeadsCall heads = heads_call(query, key, value, std::get<0>(head_norms), std::get<1>(head_norms), rotary, x,
-                                       dtype, tokens, head_dim, {0, 0, 0}, threads);
-    const AttentionHalf half{norm_of(std::get<0>(norms)), norm_of(std::get<1>(norms)), heads.query,
-                             heads.key, heads.value, dense_of(output), head_dim, scale, static_cast<DType>(dtype)};
-    require_attention_half(half);
-    require(tokens > 0 && length > 0, "attention needs tokens and positions");
-    const std::vector<CacheRow> rows = cache_rows(keys, key_strides, values, value_strides, dtype, tokens, length);
-    const auto [kb, key_head, key_position] = key_strides;
-    const auto [vb, value_head, value_position] = value_strides;
-    body(half, AttentionStep{heads.x, tokens, heads.rotary, rows.data(), {key_head, key_position},
-                             {value_head, value_position}, pointer<void>(std::get<0>(out)),
-                             pointer<void>(std::get<1>(out)), threads});
-}
-
-void bind_attention_half(const HalfNorms& norms, const HalfMatrices& matrices, const HalfNorms& head_norms,
-                         const RotaryOf& rotary, uint64_t x, int dtype, int64_t tokens, int head_dim,
-                         const CachePlace& cache, float scale, std::tuple<uint64_t, uint64_t> out, int threads) {
-    with_attention_half({norms, matrices, head_norms, head_dim, scale}, rotary, x, dtype, tokens, cache, out, threads,
-                        [](const AttentionHalf& half, const AttentionStep& step) {
-                            nb::gil_scoped_release release;
-                            attention_half(half, step);
-                        });
-}
-
-// A router's weights, the gate of a shared expert (0: there is none); experts, hidden, top_k, normalize, scores' dtype;
-// an expert and its activation; the shared expert.
-using BlockForm = std::tuple<uint64_t, uint64_t, std::tuple<int, int, int, bool, int>, const Record*,
-                             const ExpertActivation*, std::optional<std::tuple<Packed, Packed, Packed>>>;
-// The pool, its slots' bytes, how many, which of them the first experts are in, and how many experts those are.
-using Residency = std::tuple<uint64_t, int64_t, int64_t, uint64_t, int64_t>;
-// The experts computed, and when; none where nothing was computed, as one of those chosen is not in memory.
-using Ran = std::optional<std::tuple<std::vector<int>, double, double, double>>;
-
-// shared: where to keep what the block refers to.
-SparseBlock block_of(const BlockForm& form, const Residency& residency, int dtype, int threads, SharedExpert& shared) {
-    const auto& [weights, share, router, record, activation, mlp] = form;
-    const auto [experts, hidden, top_k, normalize, score_dtype] = router;
-    const auto [pool, slot_bytes, num_slots, slots, known] = residency;
-    require(hidden > 0 && top_k > 0 && top_k <= experts, "a router needs a hidden size and at least top_k experts");
-    require_expert(*record, *activation);
-    require(record->places[0].cols == hidden, "router and experts must take the same");
-    require(slot_bytes >= record->bytes && slot_bytes % 64 == 0 && pool % 64 == 0 && num_slots >= 0 && known >= 0,
-            "slots must hold a record each, aligned to 64 bytes");
-    if (mlp) {
-        const auto& [gate, up, down] = *mlp;
-        shared = {dense_of(gate), dense_of(up), dense_of(down), pointer<const void>(share)};
-        require_shared_expert(shared, hidden);
-        require(share != 0, "the shared expert must have a gate");
-    }
-    return {nullptr, static_cast<DType>(dtype),
-            {pointer<const void>(weights), experts, hidden, top_k, normalize, static_cast<DType>(score_dtype)},
-            record, *activation, pointer<const uint8_t>(pool), slot_bytes, num_slots, pointer<const int64_t>(slots),
-            known, mlp ? &shared : nullptr, nullptr, threads};
-}
-
-Ran ran(BlockRun run) {
-    if (!run.whole) return std::nullopt;
-    return std::make_tuple(std::move(run.experts), run.routed_s, run.computed_s, run.summed_s);
-}
-
-Ran bind_sparse_block(const BlockForm& form, const Residency& residency, uint64_t x, int dtype, uint64_t out,
-                      int threads) {
-    SharedExpert shared{};
-    SparseBlock block = block_of(form, residency, dtype, threads, shared);
-    block.x = pointer<const void>(x);
-    block.out = pointer<void>(out);
-    return ran([&] {
-        nb::gil_scoped_release release;
-        return sparse_block(block);
-    }());
-}
-
-Ran bind_decoder_layer(const HalfForm& half_form, const BlockForm& form, const RotaryOf& rotary,
-                       const CachePlace& cache, const Residency& residency, uint64_t x, int dtype,
-                       std::tuple<uint64_t, uint64_t, uint64_t> out, int threads) {
-    const auto [residual, normed, sum] = out;
-    SharedExpert shared{};
-    const SparseBlock block = block_of(form, residency, dtype, threads, shared);
-    Ran answer;
-    with_attention_half(half_form, rotary, x, dtype, 1, cache, {residual, normed}, threads,
-                        [&, sum = sum](const AttentionHalf& half, const AttentionStep& step) {
-                            require(block.router.hidden == half.hidden(), "the block must take what attention gives");
-                            answer = ran([&] {
-                                nb::gil_scoped_release release;
-                                return decoder_layer(half, step, block, pointer<void>(sum));
-                            }());
-                        });
-    return answer;
-}
-
-// Whether every (dict, key, value) of `entries` is still so, by identity (None: no such key, or None), every (dict,
-// size) of `sizes`, and every (tensor, data_ptr) of `tensors`.
-bool bind_unchanged(const nb::tuple& entries, const nb::tuple& sizes, const nb::tuple& tensors) {
-    for (const nb::handle entry : entries) {
-        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
-        PyObject* const value = PyDict_GetItemWithError(parts[0].ptr(), parts[1].ptr());
-        if (value == nullptr && PyErr_Occurred() != nullptr) throw nb::python_error();
-        if ((value == nullptr ? Py_None : value) != parts[2].ptr()) return false;
-    }
-    for (const nb::handle entry : sizes) {
-        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
-        if (PyDict_Size(parts[0].ptr()) != nb::cast<Py_ssize_t>(parts[1])) return false;
-    }
-    for (const nb::handle entry : tensors) {
-        const nb::tuple parts = nb::borrow<nb::tuple>(entry);
-        if (nb::cast<uint64_t>(parts[0].attr("data_ptr")()) != nb::cast<uint64_t>(parts[1])) return false;
-    }
-    return true;
-}
-
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -438,24 +203,12 @@ NB_MODULE(_cpu, m) {
     m.def("linear", &bind_linear);
     m.def("experts", &bind_experts);
     m.def("reduce_rows", &bind_reduce_rows);
-    m.def("sparse_block", &bind_sparse_block);
-    m.def("decoder_layer", &bind_decoder_layer);
-    m.def("unchanged", &bind_unchanged);
     m.def("gather_rows", &bind_gather_rows);
     m.def("attend", &bind_attend);
-    m.def("attend_project", &bind_attend_project);
-    m.def("attention_half", &bind_attention_half);
-    m.def("route", &bind_route);
-    m.def("multiply_few_rows", &bind_multiply_few_rows);
-    m.def("add_gated", &bind_add_gated);
-    m.def("rms_norm", &bind_rms_norm);
-    m.def("project_heads", &bind_project_heads);
-    m.def("gated_mlp", &bind_gated_mlp);
     m.def("largest_magnitude", &bind_largest_magnitude);
     m.def("quantize_matrix", &bind_quantize_matrix);
     m.def("read_file", &bind_read_file);
     m.def("copy_paced", &bind_copy_paced);
-    m.def("rank_experts", &bind_rank_experts);
     bind_decode(m);
     m.def("kernel_name", [] { return std::string(tile_kernels().name); });
     m.def("available_kernels", [] {

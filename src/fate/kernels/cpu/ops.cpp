@@ -1,4 +1,4 @@
-#include "fused.h"
+#include "ops.h"
 
 #include <algorithm>
 #include <cmath>

@@ -375,9 +375,10 @@ def scratch_bytes(
 
 def _num_rows(x: Tensor, hidden: int, dtype: torch.dtype) -> int:
     """Rows of x [rows, hidden] or [rows, 1, hidden]."""
-    if x.dtype != dtype or not x.is_contiguous() or x.shape not in ((len(x), hidden), (len(x), 1, hidden)):
-        raise ValueError(f"rows must be contiguous {dtype} [rows, {hidden}], not {x.dtype} {tuple(x.shape)}")
-    return x.shape[0]
+    shape = x.shape
+    if x.dtype is not dtype or not x.is_contiguous() or shape[-1] != hidden or shape[1:-1] not in ((), (1,)):
+        raise ValueError(f"rows must be contiguous {dtype} [rows, {hidden}], not {x.dtype} {tuple(shape)}")
+    return shape[0]
 
 
 def _bias_addresses(biases: tuple[Tensor, Tensor] | None, layout: RecordLayout) -> tuple[int, int, int, int]:

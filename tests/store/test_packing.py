@@ -19,12 +19,12 @@ def chunks(cols: int) -> Iterator[tuple[int, int]]:
         first += size
 
 
-@pytest.mark.parametrize("cols", ALL_COLS)
-def test_round_trip(cols: int) -> None:
-    codes = torch.randint(0, 4, (5, cols), dtype=torch.uint8)
-    packed = pack_plane(codes)
-    assert packed.shape == (5, cols // 4)
-    assert torch.equal(unpack_plane(packed, cols), codes)
+def test_round_trip() -> None:
+    for cols in ALL_COLS:
+        codes = torch.randint(0, 4, (5, cols), dtype=torch.uint8)
+        packed = pack_plane(codes)
+        assert packed.shape == (5, cols // 4)
+        assert torch.equal(unpack_plane(packed, cols), codes), cols
 
 
 @pytest.mark.parametrize("cols", ALL_COLS)
@@ -43,9 +43,9 @@ def test_each_column_lands_where_the_specification_says(cols: int) -> None:
             assert torch.equal(pack_plane(codes), expected)
 
 
-@pytest.mark.parametrize("cols", ALL_COLS)
-def test_restore_is_the_inverse_of_order(cols: int) -> None:
-    codes = torch.arange(2 * cols).view(2, cols)
-    ordered = order(codes)
-    assert torch.equal(restore(ordered), codes)
-    assert torch.equal(ordered.sort(dim=1).values, codes)
+def test_restore_is_the_inverse_of_order() -> None:
+    for cols in ALL_COLS:
+        codes = torch.arange(2 * cols).view(2, cols)
+        ordered = order(codes)
+        assert torch.equal(restore(ordered), codes), cols
+        assert torch.equal(ordered.sort(dim=1).values, codes), cols

@@ -290,7 +290,7 @@ from fate.convert import convert
 from fate.store import writer
 
 rng, real = random.Random(int(sys.argv[3])), os.pwrite
-writer._SYNC_BYTES = 60_000
+writer.SYNC_BYTES = 60_000
 for _ in range(3):
     left = rng.randrange(4, 25)
     if (child := os.fork()) == 0:

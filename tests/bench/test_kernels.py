@@ -15,6 +15,11 @@ from tiny import tiny_store
 SMALL = ModelShape("small", 128, 64, 6, 2, (Linear("gate", 192, 128), Linear("head", 256, 128, once=True)))
 
 
+@pytest.fixture(autouse=True)
+def little_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fate.tools.synth.store.POOL_BYTES", 1 << 22)
+
+
 @pytest.fixture
 def document(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(bench, "COLD_BYTES", 1 << 16)
@@ -68,9 +73,10 @@ def test_errors_are_the_kernels_and_would_show(document: dict[str, Any], monkeyp
 
 def test_a_token_alone_reads_other_experts_in_every_turn() -> None:
     layout = SMALL.expert_layout("int4")
-    pool = torch.cat([bench.Noise(0).record(layout, item) for item in range(6)])
+    noise = bench.Noise(0)
+    pool = torch.cat([noise.record(layout, item) for item in range(6)])
     depth = bench.DEPTHS["INT4"][1]
-    calls = [bench.ExpertCall(layout, pool, SMALL, 6, 1, depth, bench.Noise(0), turn) for turn in range(3)]
+    calls = [bench.ExpertCall(layout, pool, SMALL, 6, 1, depth, noise, turn) for turn in range(3)]
     assert {offset for call in calls for offset in call.offsets} == {e * layout.record_bytes for e in range(6)}
 
 

@@ -207,7 +207,7 @@ def test_interrupted_anywhere_the_next_run_is_right(prompt):
     try:
         with fate.load(tiny_store("qwen2_moe"), experts="40%") as model, torch.inference_mode():
             expected, interrupted = model(ids).logits, 0
-            for _ in range(600):
+            for _ in range(300):
                 start = time.perf_counter()
                 assert torch.equal(model(ids).logits, expected)
                 span = time.perf_counter() - start  # of this moment: a first run, or a busy machine, takes longer
@@ -224,9 +224,9 @@ def test_interrupted_anywhere_the_next_run_is_right(prompt):
                 assert not residency.cache.pinned
                 assert is_free(residency.lock)
                 assert torch.get_num_threads() == 2
-                if interrupted == 60:
+                if interrupted == 30:
                     break
-            assert interrupted == 60
+            assert interrupted == 30
     finally:
         signal.signal(signal.SIGALRM, previous)
 

@@ -27,6 +27,7 @@ from tiny import FAMILIES
 @pytest.fixture
 def tiny_name(monkeypatch: pytest.MonkeyPatch) -> str:
     settings = {**FAMILIES["qwen2_moe"], "hidden_size": 192, "vocab_size": 512, "moe_intermediate_size": 96}
+    monkeypatch.setattr("fate.tools.synth.store.POOL_BYTES", 1 << 23)  # tiny matrices need no more
     monkeypatch.setitem(MODELS, "tiny", {"model_type": "qwen2_moe", **settings})
     return "tiny"
 

@@ -17,10 +17,10 @@ def test_a_registry_whose_first_import_fails_is_met_again(tmp_path, monkeypatch)
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registration, "REGISTRY", "fragile_registry")
-    others = [finder for finder in sys.meta_path if not isinstance(finder, registration._RegistryFinder)]
+    others = [finder for finder in sys.meta_path if not isinstance(finder, registration.RegistryFinder)]
     monkeypatch.setattr(sys, "meta_path", others)
     registered = []
-    monkeypatch.setattr(registration, "_register", lambda: registered.append("fragile_registry" in sys.modules))
+    monkeypatch.setattr(registration, "register", lambda: registered.append("fragile_registry" in sys.modules))
     registration.register_with_transformers()
     with pytest.raises(KeyboardInterrupt):
         importlib.import_module("fragile_registry")

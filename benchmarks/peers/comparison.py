@@ -25,7 +25,7 @@ from fate.fileio import drop_cache
 from fate.units import parse_memory
 
 RESIDENT = "resident"
-_FATE_WORKER = Path(__file__).with_name("fate_worker.py")
+FATE_WORKER = Path(__file__).with_name("fate_worker.py")
 _PEER_WORKER = Path(__file__).with_name("llama_worker.py")
 _TIMEOUT_S = 1800
 _OPENMP_AS_IT_COMES = ("env", "-u", "OMP_WAIT_POLICY")  # the command line that we are run from suits it to our kernels
@@ -124,7 +124,7 @@ class Comparison:
             "logits": str(logits / f"{name}.npy") if logits else None,
         }
         if variant is None:
-            command = [sys.executable, str(_FATE_WORKER)]
+            command = [sys.executable, str(FATE_WORKER)]
             job |= {"model": str(self._store), "memory": limit, "threads": self.settings.threads[:1]}
             files = list(self._store.iterdir())
         else:
@@ -134,7 +134,7 @@ class Comparison:
             job |= {"model": str(variant.file.path), "repack": variant.repack}
             files = [variant.file.path]
         if limit is not None:
-            _drop_page_cache(files)
+            drop_page_cache(files)
         return run_worker(command, job, limit)
 
     def _compare_logits(self, folder: Path) -> None:
@@ -174,7 +174,7 @@ def _result(command: list[str], job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _drop_page_cache(files: Sequence[Path]) -> None:
+def drop_page_cache(files: Sequence[Path]) -> None:
     for path in files:
         if path.is_file():
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -17,7 +17,7 @@ from fate.store.packing import unpack_plane
 
 BLOCK = 32
 BLOCK_BYTES = {"q4_1": 20, "q4_0": 18}
-_SLICE_WEIGHTS = 1 << 24  # unpacked at a time
+SLICE_WEIGHTS = 1 << 24  # unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def blocks(record: Tensor, layout: RecordLayout, index: int, form: str) -> tuple
     where it means nothing. The matrix's columns are whole groups.
     """
     rows, cols = layout.matrices[index].rows, layout.matrices[index].cols
-    step = max(1, _SLICE_WEIGHTS // cols)
+    step = max(1, SLICE_WEIGHTS // cols)
     pieces, rounding = [], 0.0
     for first in range(0, rows, step):
         affine = unpack(record, layout, index, first, min(first + step, rows))
@@ -50,7 +50,7 @@ def blocks(record: Tensor, layout: RecordLayout, index: int, form: str) -> tuple
             pieces.append(_q4_1(affine))
             rounding = max(rounding, _rounding(affine))
         else:
-            pieces.append(_q4_0(affine.weights()))
+            pieces.append(q4_0(affine.weights()))
     return torch.cat(pieces), rounding
 
 
@@ -77,7 +77,7 @@ def _q4_1(affine: Affine) -> Tensor:
     return torch.cat((scale, offset, _nibbles(affine.codes)), dim=-1).view(rows, -1)
 
 
-def _q4_0(weights: Tensor) -> Tensor:
+def q4_0(weights: Tensor) -> Tensor:
     rows, cols = weights.shape
     grouped = weights.view(rows, cols // BLOCK, BLOCK)
     least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)

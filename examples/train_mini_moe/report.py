@@ -41,7 +41,7 @@ ROUTING_TOKENS = 2048  # a domain; fed one by one for half as many
 def measure(checkpoint: Path, corpus: Corpus, window: int) -> dict[str, Any]:
     """Loss and routing of a checkpoint on the corpus's held-out documents, in windows of `window` tokens."""
     tokenizer = load_tokenizer(checkpoint)
-    ids = {domain: _beginnings(tokenizer, documents) for domain, documents in corpus.held_out.items()}
+    ids = {domain: beginnings(tokenizer, documents) for domain, documents in corpus.held_out.items()}
     return {
         "held_out": held_out_loss(checkpoint, tokenizer, ids, window),
         "routing": routing_statistics(checkpoint, {domain: some[:ROUTING_TOKENS] for domain, some in ids.items()}),
@@ -102,7 +102,7 @@ def _decode_trace(model: FateModel, ids: Tensor) -> RoutingTrace:
     return recorder.trace()
 
 
-def _beginnings(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
+def beginnings(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
     """Token ids [at most LOSS_TOKENS]: the first of each document, each begun by END."""
     encoded = tokenizer([END + document for document in documents], verbose=False)["input_ids"]
     return torch.tensor([token for document in encoded for token in document[:DOCUMENT_TOKENS]])[:LOSS_TOKENS]

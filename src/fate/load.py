@@ -157,7 +157,7 @@ def ensure_store(
 
     source = resolve_source(os.fspath(model))
     name = Path(model).name  # a hub id's last part; the snapshot directory it resolves to is called by a hash
-    store = cache_directory() / f"{name}-{_identity(source, trust_remote_code)[:12]}"
+    store = cache_directory() / f"{name}-{store_identity(source, trust_remote_code)[:12]}"
     if is_store(store):
         return store
     try:
@@ -166,7 +166,7 @@ def ensure_store(
         return store
 
 
-def _identity(source: Path, trust_remote_code: bool) -> str:
+def store_identity(source: Path, trust_remote_code: bool) -> str:
     """What a cached store is known by: its format, the checkpoint, and the tokenizer and other files kept beside it."""
     from fate.convert.quantized import open_checkpoint
     from fate.convert.source import copied_files

@@ -20,16 +20,16 @@ REGISTRY = "transformers.quantizers.auto"
 def register_with_transformers() -> None:
     """Register now if transformers' registry is there, else as soon as it is."""
     if REGISTRY in sys.modules:
-        _register()
+        register()
     else:
-        sys.meta_path.insert(0, _RegistryFinder())
+        sys.meta_path.insert(0, RegistryFinder())
 
 
-def _register() -> None:
+def register() -> None:
     import fate.engine.quantizer  # noqa: F401 - it registers itself
 
 
-class _RegistryFinder(MetaPathFinder):
+class RegistryFinder(MetaPathFinder):
     """Stays: the module's first import may fail, and another thread may be searching `sys.meta_path`."""
 
     _busy = False
@@ -62,4 +62,4 @@ class _ThenRegister(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _register()
+        register()

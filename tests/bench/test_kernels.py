@@ -15,10 +15,15 @@ from tiny import tiny_store
 SMALL = ModelShape("small", 128, 64, 6, 2, (Linear("gate", 192, 128), Linear("head", 256, 128, once=True)))
 
 
+@pytest.fixture(autouse=True)
+def little_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fate.tools.synth.store.POOL_BYTES", 1 << 22)
+
+
 @pytest.fixture
 def document(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(bench, "_COLD_BYTES", 1 << 16)
-    monkeypatch.setattr(bench, "_LEAST_S", 1e-4)
+    monkeypatch.setattr(bench, "COLD_BYTES", 1 << 16)
+    monkeypatch.setattr(bench, "LEAST_S", 1e-4)
     limits = iter((bench.Limits(1e9, 4e9), bench.Limits(2e9, 3e9)))
     monkeypatch.setattr(bench, "machine_limits", lambda: next(limits))
     return bench.measure_kernels([SMALL], (1, 40), repeats=3)
@@ -68,15 +73,16 @@ def test_errors_are_the_kernels_and_would_show(document: dict[str, Any], monkeyp
 
 def test_a_token_alone_reads_other_experts_in_every_turn() -> None:
     layout = SMALL.expert_layout("int4")
-    pool = torch.cat([bench.Noise(0).record(layout, item) for item in range(6)])
-    depth = bench._DEPTHS["INT4"][1]
-    calls = [bench._ExpertCall(layout, pool, SMALL, 6, 1, depth, bench.Noise(0), turn) for turn in range(3)]
-    assert {offset for call in calls for offset in call._offsets} == {e * layout.record_bytes for e in range(6)}
+    noise = bench.Noise(0)
+    pool = torch.cat([noise.record(layout, item) for item in range(6)])
+    depth = bench.DEPTHS["INT4"][1]
+    calls = [bench.ExpertCall(layout, pool, SMALL, 6, 1, depth, noise, turn) for turn in range(3)]
+    assert {offset for call in calls for offset in call.offsets} == {e * layout.record_bytes for e in range(6)}
 
 
 def test_limits_are_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_GEMM", 64)
-    monkeypatch.setattr(bench, "_LEAST_S", 1e-4)
+    monkeypatch.setattr(bench, "GEMM_SIZE", 64)
+    monkeypatch.setattr(bench, "LEAST_S", 1e-4)
     monkeypatch.setattr(bench, "memory_read_gb_per_s", lambda: 20.0)
     limits = bench.machine_limits()
     assert limits.read_bytes_per_s == 20e9

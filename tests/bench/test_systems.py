@@ -197,7 +197,7 @@ def test_steps_are_counted_to_the_end() -> None:
 
 
 def test_an_interruption_leaves_the_finished_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = systems_module.SystemsBench._measure, []
+    real, calls = systems_module.SystemsBench.measure, []
 
     def interrupted(self: SystemsBench, model: Any) -> Any:
         calls.append(model)
@@ -205,7 +205,7 @@ def test_an_interruption_leaves_the_finished_cells(monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return real(self, model)
 
-    monkeypatch.setattr(SystemsBench, "_measure", interrupted)
+    monkeypatch.setattr(SystemsBench, "measure", interrupted)
     comparison = Comparison(("load-on-demand",), ("50%", "80%"), repeats=1, settle_tokens=0)
     bench = SystemsBench(comparison, workload(1))
     with pytest.raises(KeyboardInterrupt):

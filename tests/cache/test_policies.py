@@ -202,9 +202,9 @@ def test_arc_is_the_papers_algorithm(capacity, trace):
         else:
             policy.on_hit(expert)
         assert cached == {*paper.t1, *paper.t2}
-        lists = [list(policy._t1), list(policy._t2), list(policy._b1), list(policy._b2)]
+        lists = [list(policy.t1), list(policy.t2), list(policy.b1), list(policy.b2)]
         assert lists == [paper.t1, paper.t2, paper.b1, paper.b2]
-        assert policy._p == paper.p
+        assert policy.p == paper.p
 
 
 @pytest.mark.parametrize("capacity", [4, 8, 16, 32])
@@ -284,12 +284,12 @@ class AnyUse(RuleBasedStateMachine):
     @invariant()
     def ghosts_are_bounded(self):
         if self.name == "arc":
-            sizes = [len(order) for order in (self.policy._t1, self.policy._t2, self.policy._b1, self.policy._b2)]
+            sizes = [len(order) for order in (self.policy.t1, self.policy.t2, self.policy.b1, self.policy.b2)]
             capacity = self.policy.capacity
             assert sizes[0] + sizes[2] <= capacity
             assert sum(sizes) <= 2 * capacity
-            assert self.policy._p <= capacity
-            assert {*self.policy._t1, *self.policy._t2} == self.cached
+            assert self.policy.p <= capacity
+            assert {*self.policy.t1, *self.policy.t2} == self.cached
 
 
 @pytest.mark.parametrize("name", POLICIES.names())

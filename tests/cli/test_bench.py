@@ -46,8 +46,8 @@ def test_text(cli: Cli, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fate.bench.kernels._COLD_BYTES", 1 << 16)
-    monkeypatch.setattr("fate.bench.kernels._LEAST_S", 1e-4)
+    monkeypatch.setattr("fate.bench.kernels.COLD_BYTES", 1 << 16)
+    monkeypatch.setattr("fate.bench.kernels.LEAST_S", 1e-4)
     monkeypatch.setattr("fate.bench.kernels.machine_limits", lambda: Limits(2e9, 3e9))
     result = cli("bench", "kernels", tiny_store(FAMILY), "--tokens", "1,3", "--repeats", 1, "--json")
     assert result.code == 0, result.err
@@ -101,7 +101,7 @@ def test_systems_end_with_one_line_of_json_where_asked(cli: Cli, text: Path) -> 
 
 
 def test_ctrl_c_keeps_what_is_finished(cli: Cli, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, cells = SystemsBench._measure_cell, []
+    real, cells = SystemsBench.measure_cell, []
 
     def measure_cell(self: SystemsBench, *args: Any) -> Any:
         cells.append(args)
@@ -109,7 +109,7 @@ def test_ctrl_c_keeps_what_is_finished(cli: Cli, text: Path, tmp_path: Path, mon
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(SystemsBench, "_measure_cell", measure_cell)
+    monkeypatch.setattr(SystemsBench, "measure_cell", measure_cell)
     result = systems(cli, text, "--json", tmp_path / "r.json")
     assert result.code == 130
     assert not [t for t in threading.enumerate() if t.name.startswith("fate-transfer")]

@@ -80,7 +80,7 @@ def switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
         def end_step(self) -> None:
             self.steps += 1
             if self.steps == 3:
-                self._announce("prefetching is off: it lost")
+                self.announce("prefetching is off: it lost")
 
     monkeypatch.setattr(assembly, "PrefetchSwitch", Loses)
 

@@ -86,7 +86,7 @@ def test_transformers_imported_later_knows_the_format() -> None:
 
 
 def test_openmp_waits_as_the_user_says_or_as_suits_the_kernels() -> None:
-    code = "import os, fate.cli.app as app; app._prepare_transformers(); print(os.environ['OMP_WAIT_POLICY'])"
+    code = "import os, fate.cli.app as app; app.prepare_transformers(); print(os.environ['OMP_WAIT_POLICY'])"
     for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
         command = [sys.executable, "-c", code]

@@ -76,17 +76,20 @@ BAD_SOURCES = {
 
 
 @pytest.mark.parametrize("kind", BAD_SOURCES)
-@pytest.mark.parametrize("command", ["run", "convert", "inspect"])
-def test_a_bad_checkpoint(refuse: Refuse, tmp_path: Path, command: str, kind: str) -> None:
+def test_a_bad_checkpoint(refuse: Refuse, tmp_path: Path, kind: str) -> None:
     make, code, words = BAD_SOURCES[kind]
     source = make(tmp_path / "source")
-    line = refuse(code, command, source, *(["prompt"] if command == "run" else []))
-    assert re.search(words, line), line
-    assert not list(tmp_path.rglob("*.partial"))
+    for command in ("run", "convert", "inspect"):
+        line = refuse(code, command, source, *(["prompt"] if command == "run" else []))
+        assert re.search(words, line), (command, line)
+        assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("command", ["run", "convert", "inspect", "eval", "bench text"])
-@pytest.mark.parametrize("name", ["no-such-directory", "org/name", "a file", "/no/such/path", ""])
+COMMANDS = ["run", "convert", "inspect", "eval", "bench text"]
+NAMES = ["no-such-directory", "org/name", "a file", "/no/such/path", ""]
+
+
+@pytest.mark.parametrize("command, name", [*((c, NAMES[0]) for c in COMMANDS), *(("convert", n) for n in NAMES[1:])])
 def test_a_model_that_is_nowhere(refuse: Refuse, command: str, name: str, tmp_path: Path) -> None:
     Path("a file").write_text("x")
     (tmp_path / "text.txt").write_text("x")
@@ -114,14 +117,14 @@ BAD_STORES = {
 
 
 @pytest.mark.parametrize("kind", BAD_STORES)
-@pytest.mark.parametrize("command", ["run", "inspect"])
-def test_a_bad_store(refuse: Refuse, tmp_path: Path, command: str, kind: str) -> None:
+def test_a_bad_store(refuse: Refuse, tmp_path: Path, kind: str) -> None:
     damage, words = BAD_STORES[kind]
     store = copied(tiny_store(FAMILY), tmp_path / "store")
     damage(store)
-    line = refuse(1, command, store, *(["prompt"] if command == "run" else []), stores=1)
-    assert re.search(words, line), line
-    assert re.search(r"convert the checkpoint again|convert it again", line), line
+    for command in ("run", "inspect"):
+        line = refuse(1, command, store, *(["prompt"] if command == "run" else []), stores=1)
+        assert re.search(words, line), (command, line)
+        assert re.search(r"convert the checkpoint again|convert it again", line), (command, line)
 
 
 def test_a_flipped_byte_in_an_expert(cli: Cli, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from fate.errors import (
     DiskFullError,
     OutputExistsError,
 )
+from fate.store import writer
 from fate.store.format import CHECKSUM_BYTES, CONSTANTS_BYTES, MatrixSpec, RecordLayout, StoreHeader
 from fate.store.reader import DENSE_FILE, EXPERTS_FILE, PACKED_FILE, StoreReader
 from fate.store.writer import StoreWriter
@@ -283,42 +285,35 @@ def test_progress_covers_all_bytes_and_an_interrupt_can_be_resumed(
     assert _files(out) == _files(tmp_path / "whole")
 
 
-_KILLED = """
-import os, random, signal, sys
-from pathlib import Path
-from fate.convert import convert
-from fate.store import writer
+def _killed(source: Path, out: Path, writes: int) -> int:
+    """Convert in a child that is killed within its write number `writes`; returns its exit code."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        real, left = os.pwrite, iter(range(writes - 1, -1, -1))
 
-rng, real = random.Random(int(sys.argv[3])), os.pwrite
-writer._SYNC_BYTES = 60_000
-for _ in range(3):
-    left = rng.randrange(4, 25)
-    if (child := os.fork()) == 0:
-        def torn(file, data, offset):
-            global left
-            left -= 1
-            if left == 0:
+        def torn(file: int, data: memoryview, offset: int) -> int:
+            if not next(left):
                 real(file, data[: max(1, len(data) // 2)], offset)
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(file, data, offset)
-        os.pwrite = torn
-        convert(sys.argv[1], Path(sys.argv[2]), dense_bits=16)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
+
+        os.pwrite, writer.SYNC_BYTES = torn, 60_000
+        convert(source, out, dense_bits=16)
+    finally:
+        os._exit(1)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking a process with threads
 def test_killed_at_random_points_it_resumes_to_the_same_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, out = tiny_checkpoint("deepseek_v2"), tmp_path / "out"
-    seed = random.randrange(1 << 30)
-    script = [sys.executable, "-c", _KILLED, str(source), str(out), str(seed)]
-    done = subprocess.run(script, env={**os.environ, **_PATHS, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.stdout.split() == ["-9", "-9", "-9"], f"seed {seed}: {done.stdout} {done.stderr}"
+    kills = [random.randrange(4, 25) for _ in range(3)]
+    assert [_killed(source, out, writes) for writes in kills] == [-signal.SIGKILL] * 3, kills
     assert not out.exists()
     convert(source, out, dense_bits=16)
     assert "starting again" not in caplog.text
     convert(source, tmp_path / "whole", dense_bits=16)
-    assert _files(out) == _files(tmp_path / "whole"), f"seed {seed}"
+    assert _files(out) == _files(tmp_path / "whole"), kills
 
 
 def test_a_partial_of_other_options_is_started_again(

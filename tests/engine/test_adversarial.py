@@ -45,7 +45,7 @@ def count_time(model, monkeypatch):
         return now.bytes_moved / RATE + ASKING_S * len(steps_that_predict)
 
     last, steps_that_predict = [0.0], set()
-    monkeypatch.setattr(model.fate.engine.switch, "_clock", clock)
+    monkeypatch.setattr(model.fate.engine.switch, "clock", clock)
 
 
 def second_run(store, system, ids, monkeypatch):

@@ -31,6 +31,21 @@ def damaged(mini_store, tmp_path):
     return shutil.copytree(mini_store, tmp_path / "store")
 
 
+def is_free(lock):
+    """Whether another thread can take it."""
+    found = []
+
+    def take():
+        found.append(lock.acquire(blocking=False))
+        if found[0]:
+            lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 def overwrite(file, offset, data):
     with open(file, "r+b") as f:
         f.seek(offset)
@@ -155,10 +170,10 @@ def test_a_failing_disk(mini_store, prompt, monkeypatch):
 def test_short_reads_are_completed(mini_store, prompt, monkeypatch):
     with fate.load(mini_store, experts="25%") as model:
         expected = generate(model, prompt)
-    real = os.preadv
+    real, read_into = os.preadv, StoreReader.read_into
 
     def plainly(self, key, buffer, offset, progress=None, read_file=None):  # as without the compiled extension
-        self._read_plainly(key, buffer, self.header.record_offset(*key) + offset, progress)
+        read_into(self, key, buffer, offset, progress)
 
     monkeypatch.setattr(StoreReader, "read_into", plainly)
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:4096]], at))
@@ -192,7 +207,7 @@ def test_interrupted_anywhere_the_next_run_is_right(prompt):
     try:
         with fate.load(tiny_store("qwen2_moe"), experts="40%") as model, torch.inference_mode():
             expected, interrupted = model(ids).logits, 0
-            for _ in range(600):
+            for _ in range(300):
                 start = time.perf_counter()
                 assert torch.equal(model(ids).logits, expected)
                 span = time.perf_counter() - start  # of this moment: a first run, or a busy machine, takes longer
@@ -207,11 +222,11 @@ def test_interrupted_anywhere_the_next_run_is_right(prompt):
                 assert torch.equal(model(ids).logits, expected)
                 residency = model.fate.engine.residency
                 assert not residency.cache.pinned
-                assert not residency.lock._is_owned()
+                assert is_free(residency.lock)
                 assert torch.get_num_threads() == 2
-                if interrupted == 60:
+                if interrupted == 30:
                     break
-            assert interrupted == 60
+            assert interrupted == 30
     finally:
         signal.signal(signal.SIGALRM, previous)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import fate
 from fate.core import Envelope
 from fate.models.kv_cache import PlannedLayer, planned_cache
-from fate.plan.needs import _kv_bytes
+from fate.plan.needs import kv_bytes
 from fate.tools.inspection import meta_model
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_store
 
@@ -133,7 +133,7 @@ def test_the_plan_knows_what_the_cache_takes(family):
     with torch.inference_mode():
         cache = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
     real = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert _kv_bytes(meta_model(tiny_config(family)), Envelope(max_context=tokens)) == real
+    assert kv_bytes(meta_model(tiny_config(family)), Envelope(max_context=tokens)) == real
 
 
 @pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {}])

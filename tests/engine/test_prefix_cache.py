@@ -81,6 +81,6 @@ def test_states_that_are_no_list_of_tokens_are_never_reused(monkeypatch):
     with fate.load(tiny_store("qwen2_moe", eos_token_id=None)) as model:
         prefix, prompt = PrefixCache(model), tokens(20, 0)
         new = answer(model, prompt, prefix.cache_for(prompt))[0]
-        monkeypatch.setattr("fate.engine.prefix_cache._GO_ON", ())
+        monkeypatch.setattr("fate.engine.prefix_cache.GO_ON", ())
         prefix.keep([*prompt, *new])
         assert prefix.cache_for([*prompt, *new, 1]).get_seq_length() == 0

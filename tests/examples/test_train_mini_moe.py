@@ -166,7 +166,7 @@ def test_held_out_loss_is_of_every_document_not_of_one_long_one(folder, monkeypa
     corpus = read_corpus(folder, standard_library=False)
     tokenizer = train_tokenizer(corpus, 300)
     monkeypatch.setattr(report, "DOCUMENT_TOKENS", 5)
-    ids = report._beginnings(tokenizer, ["one two three " * 50, "four", "five six seven " * 50])
+    ids = report.beginnings(tokenizer, ["one two three " * 50, "four", "five six seven " * 50])
     assert [tokenizer.decode(ids[at]) for at in range(len(ids))].count(END) == 3
     assert len(ids) <= 15
 

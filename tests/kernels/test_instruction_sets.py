@@ -32,16 +32,17 @@ NEON_SETS = {"kNeonTiles": ("neon", []), "kNeonDotprodTiles": ("neon-dotprod", [
 
 
 @pytest.mark.parametrize("codec, precision", DEPTHS)
-@pytest.mark.parametrize("cols", [64, 100, 1408, 2048])
-def test_products_have_the_portable_bits(compiled_kernel: str, codec: str, precision: Precision, cols: int) -> None:
-    layout = matrix_layout(codec, 150, cols)
-    record = random_record(layout)
-    x = torch.randn(40, cols, generator=torch.Generator().manual_seed(cols))
-    x[3] *= 1e30  # what rounds in a sum of very different terms
-    for tokens in (1, 3, 8, 40):
-        ours = linear(x[:tokens], record, layout, 0, precision)
-        with native.selected("portable"):
-            assert torch.equal(ours, linear(x[:tokens], record, layout, 0, precision)), f"{tokens} tokens"
+def test_products_have_the_portable_bits(compiled_kernel: str, codec: str, precision: Precision) -> None:
+    for cols in (64, 100, 1408, 2048):
+        layout = matrix_layout(codec, 150, cols)
+        record = random_record(layout)
+        x = torch.randn(40, cols, generator=torch.Generator().manual_seed(cols))
+        x[3] *= 1e30  # what rounds in a sum of very different terms
+        for tokens in (1, 3, 8, 40):
+            ours = linear(x[:tokens], record, layout, 0, precision)
+            with native.selected("portable"):
+                portable = linear(x[:tokens], record, layout, 0, precision)
+            assert torch.equal(ours, portable), f"{cols} columns, {tokens} tokens"
 
 
 @pytest.mark.parametrize("codec, precision", DEPTHS)
@@ -84,7 +85,7 @@ def neon_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None, reason="x86 and g++")
 def test_x86_has_the_portable_bits_in_every_tail_and_pass(tmp_path: Path) -> None:
     """Rows and bands at every number of groups and tokens, whichever of them would be used."""
-    compiler = ["g++", *FLAGS, "-O1", "-DFATE_X86", f"-I{SOURCES}"]
+    compiler = ["g++", *FLAGS, "-w", "-O0", "-DFATE_X86", f"-I{SOURCES}"]  # compiling is what takes long
     names = run(build_driver(compiler, X86_SETS, tmp_path)).split()
     assert names == [name for name in native.available() if name != "torch"]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from functools import cache
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from fate.core import Precision
 from fate.kernels import linear, native, reference
 from fate.store.dtypes import RAW_DTYPES
-from fate.store.format import GROUP
+from fate.store.format import GROUP, RecordLayout
 from packed_records import DEPTHS, matrix_layout, random_record, relative_error
 
 # Tails of the packing: 0, 1, 2, 3, 6, 11, 13 and 15 groups beyond the last whole chunk, partial groups, rows below and
@@ -40,49 +41,59 @@ def whole_activations(tokens: int, cols: int) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("codec, precision", DEPTHS)
-@pytest.mark.parametrize("rows, cols", SHAPES)
-def test_exact_where_arithmetic_is_exact(kernel: str, codec: str, precision: Precision, rows: int, cols: int) -> None:
+@cache
+def exact_products(
+    codec: str, precision: Precision, rows: int, cols: int
+) -> tuple[RecordLayout, Tensor, list[tuple[Tensor, Tensor]]]:
+    """(layout, record, (x, its product) for each of TOKENS)"""
     layout = matrix_layout(codec, rows, cols)
     record = random_record(layout, whole=True)
     weights = reference.dequantize(record, layout, 0, precision, torch.float64)
-    for tokens in TOKENS:
-        x = whole_activations(tokens, cols)
-        expected = (x.double() @ weights.T).float()
-        if kernel == "torch":  # multiplies dequantized weights, so the slope's bits take part in every product
-            assert relative_error(linear(x, record, layout, 0, precision), expected) < 1e-6
-        else:
-            assert torch.equal(linear(x, record, layout, 0, precision), expected), f"{tokens} tokens"
+    inputs = [whole_activations(tokens, cols) for tokens in TOKENS]
+    return layout, record, [(x, (x.double() @ weights.T).float()) for x in inputs]
 
 
 @pytest.mark.parametrize("codec, precision", DEPTHS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows, cols", [(64, 704), (2816, 2048)])
-def test_within_a_percent_of_exact_arithmetic(
-    kernel: str, codec: str, precision: Precision, dtype: torch.dtype, rows: int, cols: int
-) -> None:
-    layout = matrix_layout(codec, rows, cols)
-    record = random_record(layout)
-    x = torch.randn(17, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
-    out = linear(x, record, layout, 0, precision)
-    assert out.dtype == dtype
-    assert relative_error(out, reference.linear(x, record, layout, 0, precision, dtype=torch.float64)) < 0.01
+def test_exact_where_arithmetic_is_exact(kernel: str, codec: str, precision: Precision) -> None:
+    for rows, cols in SHAPES:
+        layout, record, products = exact_products(codec, precision, rows, cols)
+        for x, expected in products:
+            got, what = linear(x, record, layout, 0, precision), f"{rows} x {cols}, {len(x)} tokens"
+            if kernel == "torch":  # multiplies dequantized weights, so the slope's bits take part in every product
+                assert relative_error(got, expected) < 1e-6, what
+            else:
+                assert torch.equal(got, expected), what
 
 
 @pytest.mark.parametrize("codec, precision", DEPTHS)
-@pytest.mark.parametrize("cols", [100, 1408])
+def test_within_a_percent_of_exact_arithmetic(kernel: str, codec: str, precision: Precision) -> None:
+    large = {"int4": torch.bfloat16, "int8": torch.float16}[codec]  # the small matrix meets every dtype
+    small = [(64, 704, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    for rows, cols, dtype in (*small, (2816, 2048, large)):
+        layout = matrix_layout(codec, rows, cols)
+        record = random_record(layout)
+        x = torch.randn(17, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
+        out = linear(x, record, layout, 0, precision)
+        assert out.dtype == dtype
+        exact = reference.linear(x, record, layout, 0, precision, dtype=torch.float64)
+        assert relative_error(out, exact) < 0.01, (rows, cols, dtype)
+
+
+@pytest.mark.parametrize("codec, precision", DEPTHS)
 def test_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(
-    compiled_kernel: str, codec: str, precision: Precision, cols: int
+    compiled_kernel: str, codec: str, precision: Precision
 ) -> None:
-    layout = matrix_layout(codec, 200, cols)
-    record = random_record(layout)
-    x = torch.randn(140, cols, generator=torch.Generator().manual_seed(2))
-    torch.set_num_threads(2)
-    batch = linear(x, record, layout, 0, precision)
-    torch.set_num_threads(1)
-    assert torch.equal(linear(x, record, layout, 0, precision), batch)
-    for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 33):
-        assert torch.equal(linear(x[5 : 5 + tokens], record, layout, 0, precision), batch[5 : 5 + tokens])
+    for cols in (100, 1408):
+        layout = matrix_layout(codec, 200, cols)
+        record = random_record(layout)
+        x = torch.randn(140, cols, generator=torch.Generator().manual_seed(2))
+        torch.set_num_threads(2)
+        batch = linear(x, record, layout, 0, precision)
+        torch.set_num_threads(1)
+        assert torch.equal(linear(x, record, layout, 0, precision), batch)
+        for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 33):
+            few = linear(x[5 : 5 + tokens], record, layout, 0, precision)
+            assert torch.equal(few, batch[5 : 5 + tokens]), f"{cols} columns, {tokens} tokens"
 
 
 def test_more_tokens_than_are_quantized_at_a_time(compiled_kernel: str) -> None:
@@ -93,23 +104,23 @@ def test_more_tokens_than_are_quantized_at_a_time(compiled_kernel: str) -> None:
     assert torch.equal(whole, torch.cat([linear(x[:600], record, layout), linear(x[600:], record, layout)]))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_float32_rounded_once(kernel: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_float32_rounded_once(kernel: str) -> None:
     layout = matrix_layout("int4", 70, 192)
     record = random_record(layout)
-    x = torch.randn(9, 192).to(dtype)
-    assert torch.equal(linear(x, record, layout), linear(x.float(), record, layout).to(dtype))
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(9, 192).to(dtype)
+        assert torch.equal(linear(x, record, layout), linear(x.float(), record, layout).to(dtype)), dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bias_is_added_in_float32(kernel: str, dtype: torch.dtype) -> None:
+def test_bias_is_added_in_float32(kernel: str) -> None:
     layout = matrix_layout("int8", 130, 64)
     record = random_record(layout)
-    x, bias = torch.randn(3, 64).to(dtype), torch.randn(130).to(dtype)
-    expected = (linear(x.float(), record, layout) + bias.float()).to(dtype)
-    assert relative_error(linear(x, record, layout, bias=bias), expected) < (1e-6 if dtype == torch.float32 else 1e-3)
-    if kernel != "torch":
-        assert torch.equal(linear(x, record, layout, bias=bias), expected)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-3)):
+        x, bias = torch.randn(3, 64).to(dtype), torch.randn(130).to(dtype)
+        expected = (linear(x.float(), record, layout) + bias.float()).to(dtype)
+        assert relative_error(linear(x, record, layout, bias=bias), expected) < bound, dtype
+        if kernel != "torch":
+            assert torch.equal(linear(x, record, layout, bias=bias), expected), dtype
 
 
 def test_int2_does_not_depend_on_the_second_half(kernel: str) -> None:
@@ -124,43 +135,43 @@ def test_int2_does_not_depend_on_the_second_half(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("codec, precision", DEPTHS)
-@pytest.mark.parametrize("cols", [64, 100, 192, 704, 2048])
-def test_no_byte_beyond_the_record_is_read(compiled_kernel: str, codec: str, precision: Precision, cols: int) -> None:
+def test_no_byte_beyond_the_record_is_read(compiled_kernel: str, codec: str, precision: Precision) -> None:
     """The record ends where an unreadable page begins: a read past it kills the process."""
-    layout = matrix_layout(codec, 21, cols)
-    size = -(-layout.record_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
-    view = torch.frombuffer(memory, dtype=torch.uint8)
-    guard = ctypes.c_void_p(view.data_ptr() + size)
     libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(guard, mmap.PAGESIZE, _PROT_NONE) == 0
-    record = view[size - layout.record_bytes : size]
-    record.copy_(random_record(layout))
-    for tokens in (1, 4, 40):
-        assert linear(torch.randn(tokens, cols), record, layout, 0, precision).isfinite().all()
+    for cols in (64, 100, 192, 704, 2048):
+        layout = matrix_layout(codec, 21, cols)
+        size = -(-layout.record_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+        view = torch.frombuffer(memory, dtype=torch.uint8)
+        guard = ctypes.c_void_p(view.data_ptr() + size)
+        assert libc.mprotect(guard, mmap.PAGESIZE, _PROT_NONE) == 0
+        record = view[size - layout.record_bytes : size]
+        record.copy_(random_record(layout))
+        for tokens in (1, 4, 40):
+            assert linear(torch.randn(tokens, cols), record, layout, 0, precision).isfinite().all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_activation_shows(kernel: str, bad: float) -> None:
+def test_a_bad_activation_shows(kernel: str) -> None:
     layout = matrix_layout("int4", 5, 128)
-    x = torch.randn(3, 128)
-    x[1, 70] = bad
-    out = linear(x, random_record(layout), layout)
-    assert not out[1].isfinite().any()
-    assert out[[0, 2]].isfinite().all()
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(3, 128)
+        x[1, 70] = bad
+        out = linear(x, random_record(layout), layout)
+        assert not out[1].isfinite().any(), bad
+        assert out[[0, 2]].isfinite().all(), bad
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-35, 1e-20, 1e20])
-def test_activations_of_any_magnitude(kernel: str, scale: float) -> None:
+def test_activations_of_any_magnitude(kernel: str) -> None:
     layout = matrix_layout("int4", 64, 128)
     record = random_record(layout)
     x = torch.randn(4, 128, generator=torch.Generator().manual_seed(3))
-    out = linear(x * scale, record, layout)
-    assert out.isfinite().all()
-    if scale >= 1e-20:
-        assert relative_error(out / scale, linear(x, record, layout)) < 1e-3
-    else:
-        assert out.abs().max() <= 1e-29
+    for scale in (0.0, 1e-35, 1e-20, 1e20):
+        out = linear(x * scale, record, layout)
+        assert out.isfinite().all(), scale
+        if scale >= 1e-20:
+            assert relative_error(out / scale, linear(x, record, layout)) < 1e-3, scale
+        else:
+            assert out.abs().max() <= 1e-29, scale
 
 
 @pytest.mark.parametrize("codec", ["bf16", "fp16", "fp32"])

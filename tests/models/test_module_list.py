@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import fate
 from fate.convert import convert
 from fate.errors import UnsupportedModelError
-from fate.load import _identity
+from fate.load import store_identity
 from fate.models.activation import recognise
 from fate.models.adapter import find_moe_layers
-from fate.models.adapters.module_list import _recognise
+from fate.models.adapters.module_list import recipe_of
 from fate.tools.inspection import inspect_model
 
 EXPERT = """
@@ -137,11 +137,11 @@ def test_code_is_not_run_unasked(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpoint", [SWIGLU], indirect=True)
 def test_a_cached_store_is_known_by_the_code_it_runs(checkpoint: Path) -> None:
-    trusted = _identity(checkpoint, True)
-    assert trusted != _identity(checkpoint, False)
+    trusted = store_identity(checkpoint, True)
+    assert trusted != store_identity(checkpoint, False)
     with (checkpoint / "modeling_own.py").open("a") as file:
         file.write("# another version\n")
-    assert _identity(checkpoint, True) != trusted
+    assert store_identity(checkpoint, True) != trusted
 
 
 @pytest.mark.parametrize("checkpoint", [ODD], indirect=True)
@@ -165,9 +165,9 @@ class _Plain(nn.Module):
 
 def test_recognition_goes_by_what_is_computed() -> None:
     with torch.device("meta"):
-        recipe = _recognise(_Plain())
+        recipe = recipe_of(_Plain())
         assert (recipe.first, recipe.second, recipe.down) == ("linear", None, "linear_1")
         with pytest.raises(ValueError, match="biases"):
-            _recognise(_Plain(bias=True))
+            recipe_of(_Plain(bias=True))
         with pytest.raises(ValueError, match="no feed-forward network"):
-            _recognise(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)))
+            recipe_of(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)))

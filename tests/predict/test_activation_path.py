@@ -107,7 +107,7 @@ def test_nearness_kept_up_to_date_is_nearness_computed_anew(past, current):
     assert len(collection) == min(len(past), capacity)
     kept = [[collection.row(at, layer) for layer in range(3)] for at in range(len(collection))]
     anew = [sum(cosine(a, b) for a, b in zip(matrix.counts, rows, strict=True)) for rows in kept]
-    assert collection._nearness[: len(collection)] == pytest.approx(anew, abs=1e-5)
+    assert collection.nearness == pytest.approx(anew, abs=1e-5)
     if anew:
         assert anew[collection.nearest()] == pytest.approx(max(anew), abs=1e-5)
 
@@ -140,7 +140,7 @@ def test_an_empty_request_is_not_recorded():
     guesser = predictor()
     for _ in range(3):
         guesser.begin_request()
-    assert len(guesser._past) == 0
+    assert len(guesser.past) == 0
 
 
 def test_a_prediction_is_cheap():
@@ -152,7 +152,7 @@ def test_a_prediction_is_cheap():
         guesser.begin_request()
         for routing in token:
             guesser.predict(routing, None)
-    assert len(guesser._past) == 120
+    assert len(guesser.past) == 120
     times = []
     for _ in range(10):
         start = time.perf_counter()

@@ -180,7 +180,7 @@ def test_nothing_is_journalled_before_its_data_is_on_disk(tmp_path: Path, monkey
         real(file)
         lines_at_sync.append(journal.read_text().count("\n"))
 
-    monkeypatch.setattr("fate.store.writer._SYNC_BYTES", 1)
+    monkeypatch.setattr("fate.store.writer.SYNC_BYTES", 1)
     with StoreWriter(tmp_path / "out", _plan()) as writer:
         monkeypatch.setattr(os, "fdatasync", watching)
         writer.write_record(0, 0, _record(writer.plan, 0, 0))

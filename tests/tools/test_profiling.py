@@ -300,7 +300,7 @@ def test_the_engine_comes_back_as_it_was():
         assert model.fate.system.name == "cross-layer"
         assert model.fate.plan.num_slots == slots
         assert model.fate.plan.needs.records > 0
-        assert model.fate._assembly.link.bytes_per_s == 60e6
+        assert model.fate.pace == 60e6
         assert model.fate.stats().total.forwards == 0
         model(torch.zeros(1, 4, dtype=torch.long))
         assert model.fate.stats().total.bytes_moved > 0

@@ -44,6 +44,10 @@ class GatedSource:
         self.closed = True
 
 
+def transfer_threads():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("fate-transfer-")}
+
+
 def key(expert):
     return ExpertKey(0, expert)
 
@@ -227,17 +231,13 @@ def test_a_typed_failure_stays_what_it_is(make):
 
 def test_closed_from_one_of_its_own_threads(make):
     """A model that is forgotten may be collected, and so closed, in a transfer thread that holds the lock."""
-    source, scheduler = make(workers=2)
-    taken = scheduler._take
-
-    def close_while_taking():
-        scheduler.close()
-        return taken()
-
-    scheduler._take = close_while_taking
-    with scheduler._lock:
-        scheduler._work.notify_all()
-    for thread in scheduler._threads:
+    before = transfer_threads()
+    source, scheduler = make(workers=2, meter=lambda *_: scheduler.close())  # the meter is told under the lock
+    threads = transfer_threads() - before
+    assert len(threads) == 2
+    demand(scheduler, 3, 10)
+    source.permit()
+    for thread in threads:
         thread.join(timeout=5)
         assert not thread.is_alive()
     deadline = time.monotonic() + 5
@@ -247,8 +247,10 @@ def test_closed_from_one_of_its_own_threads(make):
 
 
 def test_close_stops_every_thread_and_is_repeatable(make):
+    before = transfer_threads()
     source, scheduler = make(workers=3)
-    threads = list(scheduler._threads)
+    threads = transfer_threads() - before
+    assert len(threads) == 3
     demand(scheduler, 0, 10)
     source.started.acquire()
     closer = threading.Thread(target=scheduler.close)

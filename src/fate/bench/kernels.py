@@ -31,12 +31,12 @@ from fate.tools.synth.store import Noise
 from fate.units import GIB, MIB
 
 TOKENS = (1, 4, 16, 64, 512)
-_DEPTHS = {"INT4": ("int4", Precision.FULL), "INT2": ("int4", Precision.INT2), "INT8": ("int8", Precision.FULL)}
+DEPTHS = {"INT4": ("int4", Precision.FULL), "INT2": ("int4", Precision.INT2), "INT8": ("int8", Precision.FULL)}
 _EXPERTS_AT, _LINEAR_AT = ("INT4", "INT2", "INT8"), ("INT4", "INT8")
-_COLD_BYTES, _MOST_BYTES = 192 * MIB, 2 * GIB  # of weights: far more than a cache holds, and what a bench may take
-_GEMM = 2048
+COLD_BYTES, _MOST_BYTES = 192 * MIB, 2 * GIB  # of weights: far more than a cache holds, and what a bench may take
+GEMM_SIZE = 2048
 _ERROR_TOKENS = 8
-_LEAST_S = 0.02  # a measurement is as many calls as take this long
+LEAST_S = 0.02  # a measurement is as many calls as take this long
 
 Progress = Callable[[int, int, str], None]
 
@@ -122,9 +122,9 @@ def measure_kernels(
 
 def machine_limits() -> Limits:
     """Read bandwidth (best of sums far larger than the caches) and int8 matrix product (best of torch's)."""
-    left, right = (torch.randint(-127, 128, (_GEMM, _GEMM), dtype=torch.int8) for _ in range(2))
+    left, right = (torch.randint(-127, 128, (GEMM_SIZE, GEMM_SIZE), dtype=torch.int8) for _ in range(2))
     seconds = min(_seconds(lambda turn: torch._int_mm(left, right), 5))
-    return Limits(memory_read_gb_per_s() * 1e9, 2 * _GEMM**3 / seconds)
+    return Limits(memory_read_gb_per_s() * 1e9, 2 * GEMM_SIZE**3 / seconds)
 
 
 def _tokens_of(linear: Linear, tokens: Sequence[int]) -> Sequence[int]:
@@ -134,9 +134,9 @@ def _tokens_of(linear: Linear, tokens: Sequence[int]) -> Sequence[int]:
 def _linear_works(shape: ModelShape, tokens: Sequence[int], noise: Noise) -> Iterator[Work]:
     for linear in shape.linears:
         for depth in _LINEAR_AT:
-            codec, precision = _DEPTHS[depth]
+            codec, precision = DEPTHS[depth]
             layout = packed_layout(codec, linear.rows, linear.cols)
-            copies = -(-_COLD_BYTES // layout.record_bytes)
+            copies = -(-COLD_BYTES // layout.record_bytes)
             packed = [noise.record(layout, item) for item in range(copies)]
             error = _linear_error(layout, packed[0], noise, precision)
             for count in _tokens_of(linear, tokens):
@@ -155,27 +155,25 @@ def _linear_works(shape: ModelShape, tokens: Sequence[int], noise: Noise) -> Ite
 def _expert_works(shape: ModelShape, tokens: Sequence[int], noise: Noise) -> Iterator[Work]:
     """Tokens choose their experts at random; `turn` moves every choice on, so that a call finds its experts cold."""
     for depth in _EXPERTS_AT:
-        codec, precision = _DEPTHS[depth]
+        codec, precision = DEPTHS[depth]
         layout = shape.expert_layout(codec)
         experts = max(shape.num_experts_per_tok, min(shape.num_experts, _MOST_BYTES // layout.record_bytes))
         pool = torch.cat([noise.record(layout, item) for item in range(experts)])
         error = _expert_error(layout, pool, noise, precision)
         read = layout.split if precision is Precision.INT2 else layout.payload_bytes
         for count in tokens:
-            calls = [
-                _ExpertCall(layout, pool, shape, experts, count, precision, noise, turn) for turn in range(experts)
-            ]
+            calls = [ExpertCall(layout, pool, shape, experts, count, precision, noise, turn) for turn in range(experts)]
             used = sum(call.experts_used for call in calls) / len(calls)
             operations = 2.0 * layout.weights * count * shape.num_experts_per_tok
             name = f"{experts} x [{2 * shape.intermediate}, {shape.hidden}], top {shape.num_experts_per_tok}"
 
-            def call(turn: int, calls: list[_ExpertCall] = calls) -> object:
+            def call(turn: int, calls: list[ExpertCall] = calls) -> object:
                 return calls[turn % len(calls)].run()
 
             yield Work("experts", name, depth, count, used * read, operations, error, call)
 
 
-class _ExpertCall:
+class ExpertCall:
     """One routing of `count` tokens to the experts of a pool, ready to be computed."""
 
     def __init__(
@@ -200,7 +198,7 @@ class _ExpertCall:
         self.experts_used = len(used)
         self._x = _activations(noise, count, shape.hidden).bfloat16()
         self._pool, self._layout = pool, layout
-        self._offsets = [expert * layout.record_bytes for expert in used]
+        self.offsets = [expert * layout.record_bytes for expert in used]
         self._precisions = [precision] * len(used)
         self._pair_offsets = [0, *counts[used].cumsum(0).tolist()]
         self._pairs = torch.stack((order // top_k, order % top_k), dim=1).int()
@@ -211,7 +209,7 @@ class _ExpertCall:
             self._x,
             self._pool,
             self._layout,
-            self._offsets,
+            self.offsets,
             self._precisions,
             self._pair_offsets,
             self._pairs,
@@ -249,7 +247,7 @@ def _seconds(call: Callable[[int], object], repeats: int) -> list[float]:
     """Seconds of one call, measured `repeats` times after a warm-up; turns go on through all calls."""
     start = time.perf_counter()
     call(0)
-    each = max(1, int(_LEAST_S / max(time.perf_counter() - start, 1e-6)))
+    each = max(1, int(LEAST_S / max(time.perf_counter() - start, 1e-6)))
     seconds, turn = [], 1
     for _ in range(repeats):
         start = time.perf_counter()

@@ -116,7 +116,7 @@ class SystemsBench:
             links = {link.name: link for link in self._links()}
             order = self._comparison.cells
             for name, experts in self._left:
-                cell = self._measure_cell(model, links[name], experts)
+                cell = self.measure_cell(model, links[name], experts)
                 cell.minimum = minimum.bytes_per_token(equal_capacities(model, header))
                 self.measured.cells.append(cell)
                 self.measured.cells.sort(key=lambda cell: order.index((cell.link.name, cell.experts)))
@@ -152,7 +152,7 @@ class SystemsBench:
             passes = [self._feed_measured(model) for _ in range(self._comparison.repeats)]
             self.measured.compute = compute_limit(passes, len(header.layers), header.max_record_bytes)
 
-    def _measure_cell(self, model: FateModel, link: Link, experts: str) -> Cell:
+    def measure_cell(self, model: FateModel, link: Link, experts: str) -> Cell:
         comparison = self._comparison
         cell = Cell(link, experts, {name: [] for name in comparison.systems})
         with_timelines = comparison.timelines and experts == comparison.middle_experts
@@ -160,7 +160,7 @@ class SystemsBench:
             for name in comparison.systems:
                 self._step(f"{link.name}, {experts}: {name}, {repeat + 1} of {comparison.repeats}")
                 self._warm_up(model, cell, system_called(name))
-                cell.runs[name].append(self._measure(model))
+                cell.runs[name].append(self.measure(model))
                 if repeat < comparison.repeats - 1:
                     continue
                 if with_timelines:
@@ -184,7 +184,7 @@ class SystemsBench:
         if unpaced:
             model.fate.set_link(pace)
 
-    def _measure(self, model: FateModel) -> Run:
+    def measure(self, model: FateModel) -> Run:
         before = model.fate.layer_stats()
         passes = self._feed_measured(model)
         layers = [after - start for after, start in zip(model.fate.layer_stats(), before, strict=True)]

@@ -24,15 +24,15 @@ class ARC(EvictionPolicy):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._t1, self._t2, self._b1, self._b2 = Order(), Order(), Order(), Order()
-        self._p = 0.0
+        self.t1, self.t2, self.b1, self.b2 = Order(), Order(), Order(), Order()
+        self.p = 0.0
         self._incoming: int | None = None  # missed, and p has not yet learned from it
         self._learned: int | None = None  # p has, and it is not in yet
 
     def on_hit(self, expert: int) -> None:
-        self._t1.pop(expert, None)
-        self._t2[expert] = None
-        self._t2.move_to_end(expert)
+        self.t1.pop(expert, None)
+        self.t2[expert] = None
+        self.t2.move_to_end(expert)
 
     def on_miss(self, expert: int) -> None:
         self._incoming = expert
@@ -41,7 +41,7 @@ class ARC(EvictionPolicy):
         # The paper adapts p before it replaces, when the ghosts do not yet include the victim.
         if self._incoming is not None:
             self._learn(self._incoming)
-        cached, ghosts = (self._t1, self._b1) if expert in self._t1 else (self._t2, self._b2)
+        cached, ghosts = (self.t1, self.b1) if expert in self.t1 else (self.t2, self.b2)
         del cached[expert]
         ghosts[expert] = None
 
@@ -49,42 +49,42 @@ class ARC(EvictionPolicy):
         if self._learned != expert:
             self._learn(expert)
         self._incoming = self._learned = None
-        returns = expert in self._b1 or expert in self._b2
-        self._b1.pop(expert, None)
-        self._b2.pop(expert, None)
-        (self._t2 if returns else self._t1)[expert] = None
+        returns = expert in self.b1 or expert in self.b2
+        self.b1.pop(expert, None)
+        self.b2.pop(expert, None)
+        (self.t2 if returns else self.t1)[expert] = None
         self._trim()
 
     def resize(self, capacity: int) -> None:
         super().resize(capacity)
-        self._p = min(self._p, float(capacity))
+        self.p = min(self.p, float(capacity))
         self._trim()
 
     def victim(self, pinned: Container[int]) -> int | None:
-        size, p = len(self._t1), self._target(self._incoming)
-        from_t1 = size > p or (size == p and self._incoming in self._b2)
-        first, second = (self._t1, self._t2) if from_t1 else (self._t2, self._t1)
+        size, p = len(self.t1), self._target(self._incoming)
+        from_t1 = size > p or (size == p and self._incoming in self.b2)
+        first, second = (self.t1, self.t2) if from_t1 else (self.t2, self.t1)
         return next((expert for order in (first, second) for expert in order if expert not in pinned), None)
 
     def _learn(self, expert: int) -> None:
-        self._p = self._target(expert)
+        self.p = self._target(expert)
         self._incoming, self._learned = None, expert
 
     def _target(self, incoming: int | None) -> float:
         """p after an access to `incoming`: towards T1 if it was evicted from there too early, towards T2 likewise."""
-        b1, b2 = len(self._b1), len(self._b2)
-        if incoming in self._b1:
-            return min(float(self.capacity), self._p + max(b2 / b1, 1.0))
-        if incoming in self._b2:
-            return max(0.0, self._p - max(b1 / b2, 1.0))
-        return self._p
+        b1, b2 = len(self.b1), len(self.b2)
+        if incoming in self.b1:
+            return min(float(self.capacity), self.p + max(b2 / b1, 1.0))
+        if incoming in self.b2:
+            return max(0.0, self.p - max(b1 / b2, 1.0))
+        return self.p
 
     def _trim(self) -> None:
         """Forget the oldest ghosts beyond the bounds.
 
         The paper does so before it replaces; the ghost that it then adds is the newest, so the same ones go.
         """
-        while self._b1 and len(self._t1) + len(self._b1) > self.capacity:
-            self._b1.popitem(last=False)
-        while self._b2 and len(self._t1) + len(self._t2) + len(self._b1) + len(self._b2) > 2 * self.capacity:
-            self._b2.popitem(last=False)
+        while self.b1 and len(self.t1) + len(self.b1) > self.capacity:
+            self.b1.popitem(last=False)
+        while self.b2 and len(self.t1) + len(self.t2) + len(self.b1) + len(self.b2) > 2 * self.capacity:
+            self.b2.popitem(last=False)

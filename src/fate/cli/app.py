@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 def run_app(build: Callable[[], typer.Typer], argv: list[str] | None, prog_name: str) -> None:
     """What `build` makes, run with `argv` (None: the process's own); exits as `main` does."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    _prepare_transformers()
+    prepare_transformers()
     atexit.register(gc.freeze)  # collecting torch's and transformers' objects one last time would take a second
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -73,7 +73,7 @@ def run_app(build: Callable[[], typer.Typer], argv: list[str] | None, prog_name:
         sys.exit(1)
 
 
-def _prepare_transformers() -> None:
+def prepare_transformers() -> None:
     """Quiet, and as quick to import as may be, once a command knows its arguments to be right and imports it."""
     if "transformers" in sys.modules:  # `main` called by a program, which has its own ways with it
         from transformers.utils import logging as hf_logging

@@ -55,7 +55,7 @@ def solve(
         if not better.any():
             break
         best_zero, best_error = torch.where(better, zero, best_zero), torch.where(better, error, best_error)
-        shrunk = _shrink(residual * scale, p, beta) * inverse
+        shrunk = shrink(residual * scale, p, beta) * inverse
         # A group that got no better stays where it is, as if it had stopped.
         zero = torch.where(better, torch.mean(codes - scaled + shrunk, dim=1, keepdim=True), zero)
         beta *= kappa
@@ -65,7 +65,7 @@ def solve(
     return codes, torch.where(flat, 0.0, scale).squeeze(1), offset.squeeze(1)
 
 
-def _shrink(x: Tensor, p: float, beta: float) -> Tensor:
+def shrink(x: Tensor, p: float, beta: float) -> Tensor:
     """Proximal operator of |x|^p / beta as HQQ approximates it: sign(x) * relu(|x| - |x|^(p-1) / beta)."""
     magnitude = x.abs()
     return torch.sign(x) * torch.relu(magnitude - magnitude.pow(p - 1) / beta)

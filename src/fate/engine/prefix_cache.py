@@ -17,7 +17,7 @@ from fate.engine.session import FateModel
 from fate.models.kv_cache import PlannedLayer
 
 _CUT = (DynamicLayer, PlannedLayer)  # hold every token, so they can be cut back to any
-_GO_ON = (*_CUT, DynamicSlidingWindowLayer)  # take several new tokens after old ones, as chunked prefill does
+GO_ON = (*_CUT, DynamicSlidingWindowLayer)  # take several new tokens after old ones, as chunked prefill does
 
 
 class PrefixCache:
@@ -42,7 +42,7 @@ class PrefixCache:
     def keep(self, tokens: Sequence[int]) -> None:
         """The cache was fed `tokens` in order, as far as it came: an interrupted forward reaches only some layers."""
         layers: list[Any] = self._cache.layers if self._cache is not None else []
-        if layers and all(type(layer) in _GO_ON for layer in layers):
+        if layers and all(type(layer) in GO_ON for layer in layers):
             self._tokens = list(tokens[: min(int(layer.get_seq_length()) for layer in layers)])
         else:
             self._tokens = []

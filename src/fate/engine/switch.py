@@ -39,15 +39,15 @@ class PrefetchSwitch:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """trial: false leaves it on for good (to measure prefetching itself). clock: seconds."""
-        self._announce = announce
+        self.announce = announce
         self._trial = trial
-        self._clock = clock
+        self.clock = clock
         self.reset()
 
     def reset(self) -> None:
         """Try again: what was measured was another machine, so to say."""
         self.on = self._verdict = True
-        self._began_s = self._clock()
+        self._began_s = self.clock()
         self._round: list[float] = []  # seconds of its steps: with, with, without, with
         self._with: list[float] = []  # of whole rounds
         self._without: list[float] = []
@@ -55,7 +55,7 @@ class PrefetchSwitch:
 
     def begin_step(self) -> None:
         """A decoding step begins."""
-        self._began_s = self._clock()
+        self._began_s = self.clock()
         self.on = self._verdict
         if self._trial and not self._rest:
             self.on = len(self._round) != 2
@@ -68,7 +68,7 @@ class PrefetchSwitch:
         """The decoding step has ended."""
         if not self._trial:
             return
-        seconds = self._clock() - self._began_s
+        seconds = self.clock() - self._began_s
         if self._rest:
             self._rest -= 1
             return
@@ -93,7 +93,7 @@ class PrefetchSwitch:
         self._rest = KEEP_STEPS if self.on else RETRY_STEPS
         if not self.on:
             took, bare = (1000 * fmean(times) for times in (self._with, self._without))
-            self._announce(
+            self.announce(
                 f"prefetching is off: decoding takes {took:.2f} ms a step with it, {bare:.2f} without "
                 f"({rounds} rounds of 4 steps)"
             )

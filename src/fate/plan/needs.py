@@ -72,7 +72,7 @@ def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envel
     return Needs(
         runtime=resident_bytes() + RUNTIME_HEADROOM_BYTES,
         dense=dense,
-        kv_cache=_kv_bytes(model, envelope),
+        kv_cache=kv_bytes(model, envelope),
         buffers=_buffer_bytes(model, header, envelope),
         slot=header.max_record_bytes,
         min_slots=sum(min(LAYER_FLOOR, layer.num_experts) for layer in header.layers) + transient,
@@ -81,7 +81,7 @@ def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envel
     )
 
 
-def _kv_bytes(model: PreTrainedModel, envelope: Envelope) -> int:
+def kv_bytes(model: PreTrainedModel, envelope: Envelope) -> int:
     """Bytes of the cache at the end of the envelope, by forwards that move no data: what grows with each token, and,
     where there are layers of other kinds than attention's, what a sequence has from the start (the states of linear
     attention and convolutions), by a second forward of another length."""

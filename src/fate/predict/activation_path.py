@@ -45,18 +45,18 @@ class ActivationPath(Predictor):
     def __init__(self, context: PredictorContext) -> None:
         super().__init__(context)
         self._matrix = ActivationMatrix(context.num_experts)
-        self._past = MatrixCollection(context.num_experts, MAX_MATRICES)
+        self.past = MatrixCollection(context.num_experts, MAX_MATRICES)
 
     def begin_request(self) -> None:
         if self._matrix.filled:
-            self._past.add(self._matrix)
+            self.past.add(self._matrix)
         self._matrix.clear()
-        self._past.restart()
+        self.past.restart()
 
     def predict(self, routing: Routing, gate_input: Any) -> Sequence[Prediction]:
         self._matrix.count(routing.layer, routing.pairs_per_expert)
-        self._past.follow(routing.layer, routing.pairs_per_expert, self._matrix)
-        nearest = self._past.nearest()
+        self.past.follow(routing.layer, routing.pairs_per_expert, self._matrix)
+        nearest = self.past.nearest()
         num_layers = len(self.context.num_experts)
         # A step of many tokens needs more than one token's experts: about as many as this layer needs.
         limit = max(CANDIDATES_PER_EXPERT * self.context.top_k, len(routing.experts))
@@ -65,7 +65,7 @@ class ActivationPath(Predictor):
             target = (routing.layer + ahead) % num_layers
             if not self.context.incomplete(target):
                 continue
-            row = self._matrix.counts[target] if nearest is None else self._past.row(nearest, target)
+            row = self._matrix.counts[target] if nearest is None else self.past.row(nearest, target)
             if ranked := _ranked(row, limit, 1 - ahead / num_layers):
                 predictions.append(Prediction(target, ranked))
         return predictions
@@ -139,9 +139,14 @@ class MatrixCollection:
         np.divide(dots, current.norms[layer], out=cosines)
         self._nearness += cosines
 
+    @property
+    def nearness(self) -> Row:
+        """Of each matrix: the sum over layers of its cosine with the current one."""
+        return self._nearness[: self._size]
+
     def nearest(self) -> int | None:
         """The matrix most like the current one; None while there are none."""
-        return int(self._nearness[: self._size].argmax()) if self._size else None
+        return int(self.nearness.argmax()) if self._size else None
 
     def row(self, index: int, layer: int) -> Row:
         """The matrix's row of `layer`, up to a factor."""

@@ -36,7 +36,7 @@ from fate.store.reader import CHECKSUMS_FILE, EXPERTS_FILE, HEADER_KEY, checksum
 from fate.units import MIB, format_bytes
 
 _JOURNAL = "journal.jsonl"
-_SYNC_BYTES, _SYNC_S = 64 * MIB, 1.0
+SYNC_BYTES, _SYNC_S = 64 * MIB, 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -165,7 +165,7 @@ class StoreWriter:
     def _finish(self, item: str, checksums: list[int]) -> None:
         self._done[item] = checksums
         self._pending.append(item)
-        if self._dirty_bytes >= _SYNC_BYTES or time.monotonic() - self._synced_at >= _SYNC_S:
+        if self._dirty_bytes >= SYNC_BYTES or time.monotonic() - self._synced_at >= _SYNC_S:
             self._sync()
 
     def _sync(self) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.peers import gguf_file
 from benchmarks.peers.gguf_file import GgufFile, write_gguf
-from benchmarks.peers.q4 import _q4_0, blocks
+from benchmarks.peers.q4 import blocks, q4_0
 from fate.convert.encode import quantize_matrix
 from fate.errors import UsageError
 from fate.kernels.reference import dequantize
@@ -70,7 +70,7 @@ def test_q4_0_is_as_the_gguf_package_quantizes() -> None:
     weights = torch.randn(5, 128, generator=torch.Generator().manual_seed(2))
     weights[1, :32] = 0.0
     theirs = gguf.quants.quantize(weights.numpy(), gguf.GGMLQuantizationType.Q4_0)
-    assert np.array_equal(_q4_0(weights).numpy(), theirs)
+    assert np.array_equal(q4_0(weights).numpy(), theirs)
 
 
 def test_q4_0_of_a_store(store: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_slices_of_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = RecordLayout("int4", (MatrixSpec("weight", 7, 128),), page_aligned=False)
     record = quantize_matrix(torch.randn(7, 128, generator=torch.Generator().manual_seed(1)), "int4")
     whole = blocks(record, layout, 0, "q4_0")[0]
-    monkeypatch.setattr("benchmarks.peers.q4._SLICE_WEIGHTS", 300)
+    monkeypatch.setattr("benchmarks.peers.q4.SLICE_WEIGHTS", 300)
     assert torch.equal(blocks(record, layout, 0, "q4_0")[0], whole)
 
 
@@ -119,10 +119,12 @@ def test_a_file_of_this_store_is_not_written_again(store: Path, tmp_path: Path) 
 
 
 def test_a_failure_leaves_no_file(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError("no space")
+    def fail(record: torch.Tensor, layout: RecordLayout, index: int, form: str) -> Any:
+        if len(layout.matrices) > 1:
+            raise OSError("no space")  # at the first expert, behind the dense matrices
+        return blocks(record, layout, index, form)
 
-    monkeypatch.setattr(gguf_file._Writer, "_layer", fail)
+    monkeypatch.setattr(gguf_file, "blocks", fail)
     with pytest.raises(OSError):
         write_gguf(store, tmp_path / "x.gguf", "q4_1")
     assert not list(tmp_path.iterdir())

@@ -90,7 +90,7 @@ def fake_run(log: list[Any]) -> Any:
 def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr(module, "run_worker", fake_run(found))
-    monkeypatch.setattr(module, "_drop_page_cache", lambda files: found.append([file.name for file in files]))
+    monkeypatch.setattr(module, "drop_page_cache", lambda files: found.append([file.name for file in files]))
     return found
 
 
@@ -163,7 +163,7 @@ def test_fates_worker(tmp_path: Path) -> None:
     store = tiny_store("qwen2_moe", dense_bits=4)
     given = job(model=str(store), memory=None, system="exact", max_context=32, logits=str(tmp_path / "x.npy"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(module._FATE_WORKER), json.dumps(given)]
+    command = [sys.executable, str(module.FATE_WORKER), json.dumps(given)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["counters"]["tokens"] == 2

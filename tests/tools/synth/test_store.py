@@ -27,6 +27,7 @@ from tiny import FAMILIES
 @pytest.fixture
 def tiny_name(monkeypatch: pytest.MonkeyPatch) -> str:
     settings = {**FAMILIES["qwen2_moe"], "hidden_size": 192, "vocab_size": 512, "moe_intermediate_size": 96}
+    monkeypatch.setattr("fate.tools.synth.store.POOL_BYTES", 1 << 23)  # tiny matrices need no more
     monkeypatch.setitem(MODELS, "tiny", {"model_type": "qwen2_moe", **settings})
     return "tiny"
 
@@ -88,7 +89,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny_name: str, tmp_path: Path) -> N
 
 
 def test_blocks_of_a_large_matrix_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fate.tools.synth.store._POOL_BYTES", 1 << 18)  # a pool of 2^14 numbers
+    monkeypatch.setattr("fate.tools.synth.store.POOL_BYTES", 1 << 18)  # a pool of 2^14 numbers
     entry = TensorEntry("matrix", torch.bfloat16, (64, 512))
     first, second = (piece for _, piece in Noise(0).matrix(entry, 1, STD))
     assert first.numel() + second.numel() == 64 * 512

@@ -74,7 +74,7 @@ def adapt(model: PreTrainedModel, done: Adaptation) -> None:
         if not isinstance(module, nn.ModuleList) or name.rpartition(".")[2] not in LIST_NAMES or len(module) < 2:
             continue
         try:
-            recipe = _recognise(module[0])
+            recipe = recipe_of(module[0])
         except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
             done.unknown[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
             continue
@@ -95,7 +95,7 @@ def _transforms(list_name: str, recipe: Recipe, done: Adaptation) -> list[Weight
     return [down, WeightConverter(sources, f"{list_name}.gate_up_proj", operations=operations)]
 
 
-def _recognise(expert: nn.Module) -> Recipe:
+def recipe_of(expert: nn.Module) -> Recipe:
     """Raises ValueError with what is in the way."""
     linears = {name: module for name, module in expert.named_modules() if isinstance(module, nn.Linear)}
     inside = {id(parameter) for linear in linears.values() for parameter in linear.parameters()}

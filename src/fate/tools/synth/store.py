@@ -41,7 +41,7 @@ from fate.tools.synth.routing import ROUTINGS, STD, UniformRouting
 
 _GAIN = 2.0**-13  # keeps stored scales in the middle of float16's range
 _INT2_SLOPE = 1.0625  # <w, w> / <w, w_int2> of uniform codes: 21.25 / 20
-_POOL_BYTES = 64 * 1024**2
+POOL_BYTES = 64 * 1024**2
 _STRIDE = 4096 * 1001 + 64  # no two of a model's items begin at the same place of the pool
 _BLOCK_ITEMS = 4099  # more than a model has, so that the blocks of one tensor begin apart too
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -163,8 +163,8 @@ class Noise:
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._bytes = torch.randint(256, (_POOL_BYTES,), dtype=torch.uint8, generator=generator)
-        self._normal = torch.randn(_POOL_BYTES // 16, generator=generator)
+        self._bytes = torch.randint(256, (POOL_BYTES,), dtype=torch.uint8, generator=generator)
+        self._normal = torch.randn(POOL_BYTES // 16, generator=generator)
 
     def record(self, layout: RecordLayout, item: int, std: float = STD) -> torch.Tensor:
         """uint8 [layout.record_bytes]: uniform codes under scales that give zero mean and standard deviation `std`."""

@@ -36,8 +36,8 @@ class Outcome:
 
     raw_error: of fp32 records; packed_error: of INT4 records against transformers on the dequantized weights;
     int4_error: of INT4 records and 8-bit dense weights against the checkpoint. All relative, of logits. same_bits:
-    whether INT4 logits are the same with the fewest experts in memory and with all. native: which of its
-    layers' halves decode by native calls. activations: what the kernels
+    whether INT4 logits are the same with the fewest experts in memory and with all. native: what of a
+    layer decodes by native calls. activations: what the kernels
     compute in its layers; "its own code": none of theirs.
     """
 
@@ -106,6 +106,7 @@ def measure(family: Family, outcome: Outcome, folder: Path) -> None:
         few = _logits(model)
     with _load(default, experts="100%") as model:
         outcome.same_bits = torch.equal(_logits(model), few)
+        outcome.native = model.fate.native
     outcome.int4_error = _relative(few, expected).median().item()
     if adapted:  # transformers' own modules cannot take the dequantized matrices
         return

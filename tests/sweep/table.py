@@ -24,11 +24,12 @@ bit-identical. The greedy text is the same too.
 random models amplify rounding far more than trained ones. With all experts in memory the bits are the same.
 - *recall*: of the cross-layer gate on this random model, share of the experts needed that were its first choices. \
 Trained models are foretold far better; a dash: its router cannot be asked.
-- *early*: whether routing is known before another part of the block computes, so that loads can start then.
-- *fused*: what the expert kernel computes between an expert's matrices, found out by trial; *its own code*: the \
+- *native*: what of a layer a decoded token computes by native calls. *layer*: attention and routing in one, experts \
+and sum in another; *block*: attention stays the family's module; *experts*: so does the block around them.
+- *activation*: what the expert kernel computes between an expert's matrices, found out by trial; *its own code*: the \
 module's, around packed linears, which is slower.
 
-| family | Auto class | layers | fp32 records | INT4 kernel | INT4 | recall | early | fused | notes |
+| family | Auto class | layers | fp32 records | INT4 kernel | INT4 | recall | native | activation | notes |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -62,7 +63,7 @@ def _row(family: dict[str, Any]) -> str:
         _percent(family["packed_error"]),
         _percent(family["int4_error"]),
         _percent(family["recall"], 0),
-        "yes" if family["early"] else "no",
+        family["native"] or "–",
         "; ".join(family["activations"]),
         "; ".join(family["notes"]) if not family["reason"] else "**fails**",
     ]

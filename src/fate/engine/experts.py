@@ -52,6 +52,11 @@ class LayerRuntime:
         self._code = ExpertCode(self._experts, engine.residency.header.layout(self.index), self._activation)
         self._half = self._plain_half = self._buffers = self._gate_input = None
 
+    @property
+    def is_native(self) -> bool:
+        """Whether few rows of its experts are computed by one native call."""
+        return self._plain_half is not None
+
     def build(self, shared: decode.SharedExpert | None, buffers: decode.Buffers) -> bool:
         """Build the native call of experts and sum; False where these experts are computed otherwise."""
         if not self._code.is_native or self._code.layout.matrices[0].cols != buffers.normed.shape[1]:

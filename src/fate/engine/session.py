@@ -110,6 +110,11 @@ class Session:
         with self.engine.accounting.observed_by(observer):
             yield
 
+    @property
+    def native(self) -> str:
+        """What of a decoded token's layer is native: "layer", "block", "experts" or "" (see `models/decode`)."""
+        return "" if self._assembly.native is None else self._assembly.native.kind
+
     def refresh(self) -> None:
         """Read weights and settings of the model again.
 

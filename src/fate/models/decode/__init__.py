@@ -58,6 +58,17 @@ class NativeModel:
         """Whether native calls may be made at all now: nobody hears of every module, and no autocast is on."""
         return self._buffers is not None and not hears_everything() and not torch.is_autocast_enabled("cpu")
 
+    @property
+    def kind(self) -> str:
+        """What of a decoded token's layer is native: "layer" (two calls), "block" (attention is the family's own),
+        "experts" (the block, too, is the family's own) or "" (nothing)."""
+        built = [module.__dict__.get("fate_native") for module in self._modules]
+        if any(isinstance(native, NativeLayer) for native in built):
+            return "layer"
+        if any(isinstance(native, NativeBlock) for native in built):
+            return "block"
+        return "experts" if any(e.__dict__["fate_layer"].is_native for e in self._experts) else ""
+
     def refresh(self) -> None:
         """Build the native calls from the modules' weights and settings as they are now."""
         for module in self._modules:

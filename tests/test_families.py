@@ -28,8 +28,8 @@ SUBSET = {
 }
 
 
-# Of what these differ in, other families here have nearly all: they are left to `make slow`.
-LONG = {"aria", "qwen3_vl_moe", "jetmoe"}
+# Left to `make slow`: what takes long, or differs in little that the others here do not.
+LONG = {"aria", "deepseek_v4", "diffusion_gemma", "jetmoe", "qwen3_vl_moe"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SUBSET])

@@ -65,17 +65,25 @@ def test_exact_where_arithmetic_is_exact(kernel: str, codec: str, precision: Pre
                 assert torch.equal(got, expected), what
 
 
+@cache
+def near_product(
+    codec: str, precision: Precision, rows: int, cols: int, dtype: torch.dtype
+) -> tuple[RecordLayout, Tensor, Tensor, Tensor]:
+    """(layout, record, x, its product in float64)"""
+    layout = matrix_layout(codec, rows, cols)
+    record = random_record(layout)
+    x = torch.randn(17, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return layout, record, x, reference.linear(x, record, layout, 0, precision, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("codec, precision", DEPTHS)
 def test_within_a_percent_of_exact_arithmetic(kernel: str, codec: str, precision: Precision) -> None:
     large = {"int4": torch.bfloat16, "int8": torch.float16}[codec]  # the small matrix meets every dtype
     small = [(64, 704, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     for rows, cols, dtype in (*small, (2816, 2048, large)):
-        layout = matrix_layout(codec, rows, cols)
-        record = random_record(layout)
-        x = torch.randn(17, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
+        layout, record, x, exact = near_product(codec, precision, rows, cols, dtype)
         out = linear(x, record, layout, 0, precision)
         assert out.dtype == dtype
-        exact = reference.linear(x, record, layout, 0, precision, dtype=torch.float64)
         assert relative_error(out, exact) < 0.01, (rows, cols, dtype)
 
 

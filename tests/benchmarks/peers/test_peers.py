@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -159,13 +159,13 @@ def test_without_any_peer_there_is_no_ratio(log: list[Any], monkeypatch: pytest.
     assert all(set(row["engines"]) == {"fate"} for row in found["rows"])
 
 
-def test_fates_worker(tmp_path: Path) -> None:
+def test_fates_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     store = tiny_store("qwen2_moe", dense_bits=4)
     given = job(model=str(store), memory=None, system="exact", max_context=32, logits=str(tmp_path / "x.npy"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(module.FATE_WORKER), json.dumps(given)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    monkeypatch.syspath_prepend(module.FATE_WORKER.parent)
+    monkeypatch.setattr(sys, "argv", [str(module.FATE_WORKER), json.dumps(given)])
+    runpy.run_path(str(module.FATE_WORKER), run_name="__main__")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["counters"]["tokens"] == 2
     assert found["experts"] == 24
     assert np.load(tmp_path / "x.npy").shape == (3, 259)

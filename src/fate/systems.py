@@ -41,7 +41,7 @@ class System:
         return self.allocation in NEEDS_COSTS or PRECISIONS.get(self.precision).needs_timing
 
     @property
-    def guesses(self) -> bool:
+    def prefetches(self) -> bool:
         return self.predictor != "none"
 
     @property

@@ -51,7 +51,7 @@ def test_cells_are_links_times_budgets() -> None:
 
 def test_an_oracle_can_be_compared_and_nothing_else() -> None:
     assert Comparison(("fate-oracle",), ("25%",)).lossy == []
-    assert system_called("fate-oracle-far").guesses
+    assert system_called("fate-oracle-far").prefetches
     with pytest.raises(NeedsFutureError, match="which only fate bench systems has"):
         resolve_system("fate-oracle")
 

@@ -120,9 +120,9 @@ for case in (TestSlotTable, TestSharedSlotTable):
 def test_promotion_moves_no_slot():
     cache = ExpertCache([3], [1], transient=1, policy=POLICIES.get("lru"))
     old = cache.admit(ExpertKey(0, 0))
-    guess = cache.stage(ExpertKey(0, 1))
-    assert cache.promote(guess)
-    assert (guess.slot, guess.staged) == (1, False)
+    prefetch = cache.stage(ExpertKey(0, 1))
+    assert cache.promote(prefetch)
+    assert (prefetch.slot, prefetch.staged) == (1, False)
     assert cache.lookup(*old.key) is None
     assert cache.evictions == 1
     assert cache.stage(ExpertKey(0, 2)).slot == old.slot

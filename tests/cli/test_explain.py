@@ -13,7 +13,7 @@ from fate.engine import assembly
 from fate.engine.switch import PrefetchSwitch
 from tiny import tiny_store
 
-TITLE = "layer total experts stall predict hit rate recall@k coverage demanded guessed wasted gain"
+TITLE = "layer total experts stall predict hit rate recall@k coverage demanded prefetched wasted gain"
 ON_DEMAND = ("--system", "load-on-demand")
 
 

@@ -69,7 +69,7 @@ def test_bit_identical(mini_store, prompt, fully_resident, system, budget):
         assert stats.evictions > 0 or not system.cached
         assert stats.misses > 0
         assert plan.num_slots < plan.needs.total_experts
-    if system.guesses and budget != "full":
+    if system.prefetches and budget != "full":
         assert stats.prefetch_bytes > 0
         assert stats.prefetch_hits + stats.late_prefetches > 0
 

@@ -63,7 +63,7 @@ def test_stats_account_for_every_access(model, prompt):
     assert 0 < stats.decode.hit_rate < 1
     assert 0 <= stats.decode.stall_share < 1
     assert 0 <= stats.decode.wasted_bytes <= stats.decode.bytes_moved
-    assert 0.25 < stats.decode.coverage <= 1, "half of the first steps are tried without guesses"
+    assert 0.25 < stats.decode.coverage <= 1, "half of the first steps are tried without prefetches"
 
 
 def test_streamer_and_pipeline(model, mini_store):

@@ -19,7 +19,7 @@ from tiny import tiny_store
 
 LINK = 1e6  # bytes per second
 NOTHING = explain_phase(StepStats(), [], True, [], [])
-Step = tuple[float, int, int]  # seconds waited, bytes demanded, guessed bytes used
+Step = tuple[float, int, int]  # seconds waited, bytes demanded, prefetched bytes used
 
 
 def read(start_s: float, end_s: float, num_bytes: int, kind: str = "demand") -> Event:
@@ -34,11 +34,13 @@ def waits(*steps: Step) -> LayerWaits:
     return added
 
 
-def decoded(layers: Sequence[StepStats], steps: Sequence[LayerWaits] = (), *, guesses: bool = True) -> PhaseExplanation:
+def decoded(
+    layers: Sequence[StepStats], steps: Sequence[LayerWaits] = (), *, prefetches: bool = True
+) -> PhaseExplanation:
     """Ten tokens in a second."""
     whole = replace(sum(layers, StepStats()), tokens=10, total_s=1.0)
     steps = steps or [LayerWaits()] * len(layers)
-    return explain_phase(whole, layers, guesses, steps, [read(0.0, 1000 / LINK, 1000)])
+    return explain_phase(whole, layers, prefetches, steps, [read(0.0, 1000 / LINK, 1000)])
 
 
 def test_the_links_speed_counts_overlapping_reads_once() -> None:
@@ -49,9 +51,9 @@ def test_the_links_speed_counts_overlapping_reads_once() -> None:
 
 
 def test_the_links_speed_is_that_of_demands_where_there_are_any() -> None:
-    guess = read(0, 100, 1, "prefetch")
-    assert link_bytes_per_s([guess, read(0, 1, 50)]) == pytest.approx(50)
-    assert link_bytes_per_s([guess]) == pytest.approx(0.01)
+    prefetch = read(0, 100, 1, "prefetch")
+    assert link_bytes_per_s([prefetch, read(0, 1, 50)]) == pytest.approx(50)
+    assert link_bytes_per_s([prefetch]) == pytest.approx(0.01)
 
 
 def test_a_layer_that_waits_all_the_same_would_have_waited_for_what_was_guessed_too() -> None:
@@ -65,14 +67,14 @@ def test_a_layer_that_does_not_wait_would_have_waited_for_what_computing_does_no
     calm = waits((0.0, 20_000, 50_000), (0.0, 0, 60_000), (0.0, 0, 0))
     phase = decoded([StepStats(), StepStats()], [waiting, calm])
     assert phase.hidden_s == pytest.approx(0.03)
-    assert phase.saved_s == pytest.approx((0.0, 0.07 + 0.06 - 2 * 0.03)), "a step without guesses says nothing"
+    assert phase.saved_s == pytest.approx((0.0, 0.07 + 0.06 - 2 * 0.03)), "a step without prefetches says nothing"
 
 
 def test_what_was_demanded_is_hidden_before_what_was_guessed() -> None:
     calm = waits((0.0, 90_000, 50_000))
     phase = decoded([StepStats(), StepStats()], [waits((0.06, 100_000, 0)), calm])
     assert phase.hidden_s == pytest.approx(0.04)
-    assert phase.saved_s == (0.0, pytest.approx(0.05)), "no more than the link's time for the guesses"
+    assert phase.saved_s == (0.0, pytest.approx(0.05)), "no more than the link's time for the prefetches"
 
 
 def test_what_computing_hides_anyway_saves_nothing() -> None:
@@ -99,18 +101,18 @@ def test_without_any_read_what_was_saved_is_not_known() -> None:
     assert explain_phase(used, [used], True, [waits((0.0, 0, 0))], []).saved_s == (0.0,)
 
 
-def test_the_gain_is_less_what_it_took_to_guess() -> None:
+def test_the_gain_is_less_what_it_took_to_prefetch() -> None:
     layers = [StepStats(predict_s=0.02), StepStats(prefetch_bytes=50_000, prefetch_used_bytes=50_000), StepStats()]
     phase = decoded(layers, [LayerWaits(), waits((0.1, 100_000, 50_000)), LayerWaits()])
     assert phase.gain_s(0) == pytest.approx(-0.02)
     assert phase.gain_s(1) == pytest.approx(0.05)
-    assert phase.gain_s(2) is None, "nothing was guessed there"
+    assert phase.gain_s(2) is None, "nothing was prefetched there"
     assert phase.gain_s() == pytest.approx(0.03)
-    assert decoded(layers, guesses=False).gain_s(0) is None
+    assert decoded(layers, prefetches=False).gain_s(0) is None
 
 
 @pytest.mark.parametrize(
-    "layer, guesses, said",
+    "layer, prefetches, said",
     [
         (
             StepStats(10, accesses=20, hits=15, demand_bytes=600_000, stall_s=0.6, prefetch_bytes=400_000,
@@ -136,8 +138,8 @@ def test_the_gain_is_less_what_it_took_to_guess() -> None:
         ),
     ],
 )  # fmt: skip
-def test_in_words(layer: StepStats, guesses: bool, said: str) -> None:
-    phase = decoded([layer], [waits((0.6, 600_000, layer.prefetch_used_bytes))], guesses=guesses)
+def test_in_words(layer: StepStats, prefetches: bool, said: str) -> None:
+    phase = decoded([layer], [waits((0.6, 600_000, layer.prefetch_used_bytes))], prefetches=prefetches)
     assert Explanation(NOTHING, phase, ()).words == said
 
 

@@ -48,7 +48,7 @@ class Compute:
 
 
 def compute_limit(passes: list[list[Pass]], moe_layers: int, record_bytes: int) -> Compute:
-    """From repeats (each the passes over all requests) of a system that guesses nothing, all experts cached."""
+    """From repeats (each the passes over all requests) of a system that prefetches nothing, all experts cached."""
     prefill = median(
         sum(p.ttft_s - p.stats.prefill.stall_s for p in repeat) / sum(p.prompt_tokens for p in repeat)
         for repeat in passes

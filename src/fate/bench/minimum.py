@@ -1,7 +1,7 @@
 """The fewest bytes a cache could have moved: Belady's misses on the routing of the very requests that were measured.
 
 All systems of a cell are held against the same: slots less the least transient region, shared equally by the layers,
-full records, no guesses needed because the future is known.
+full records, no prefetches needed because the future is known.
 """
 
 from __future__ import annotations

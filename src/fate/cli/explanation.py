@@ -12,7 +12,7 @@ from fate.units import format_bytes
 
 _TIMES = ("total", "experts", "stall", "predict")
 _RATES = ("hit rate", "recall@k", "coverage")
-_READS = ("demanded", "guessed", "wasted")
+_READS = ("demanded", "prefetched", "wasted")
 
 
 def print_explanation(console: Console, explanation: Explanation) -> None:
@@ -34,7 +34,7 @@ def _prompt_line(phase: PhaseExplanation) -> str:
         f"{format_ms(layers.predict_s)}, outside the experts {format_ms(phase.outside_s)}; hit rate "
         f"{layers.hit_rate:.1%}, {format_bytes(layers.bytes_moved)} read"
     )
-    return f"{line}, {layers.prefetch_bytes / layers.bytes_moved:.0%} of it guessed" if layers.bytes_moved else line
+    return f"{line}, {layers.prefetch_bytes / layers.bytes_moved:.0%} of it prefetched" if layers.bytes_moved else line
 
 
 def _table(phase: PhaseExplanation, unit_bytes: int) -> Table:

@@ -119,7 +119,7 @@ class Assembly:
         precision = PRECISIONS.get(system.precision)(timing)
         residency = Residency(header, cache, scheduler, precision, accounting, self.steps.lock)
         notes: list[str] = []
-        switch = PrefetchSwitch(lambda note: _announce(notes, note), trial=system.guesses and system.switches_off)
+        switch = PrefetchSwitch(lambda note: _announce(notes, note), trial=system.prefetches and system.switches_off)
         prefetch = Prefetcher(residency, switch)
         predictor = PREDICTORS.get(system.predictor)(
             PredictorContext(
@@ -131,7 +131,7 @@ class Assembly:
                 link_load=lambda: prefetch.link_load,
             )
         )
-        if system.guesses:
+        if system.prefetches:
             prefetch.use(predictor)
         engine = Engine(system, plan, residency, pool, predictor, prefetch, switch, accounting, notes)
         for runtime in self._runtimes:
@@ -146,7 +146,7 @@ class Assembly:
         if not system.cached:
             return [0] * len(self._counts), num_slots
         transient = self._transient
-        if system.guesses and num_slots - transient < sum(self._counts):
+        if system.prefetches and num_slots - transient < sum(self._counts):
             transient = max(transient, min(PREFETCHED_TOKENS * self.top_k, num_slots // PREFETCH_SHARE))
         costs = self.profile.costs(link) if self.profile is not None else None
         request = SlotRequest(self._counts, num_slots - transient, planning.LAYER_FLOOR, self.top_k, costs)

@@ -116,7 +116,7 @@ class RouterGate:
                 if weights.numel() == indices.numel() and indices.shape[-1] <= self._num_experts:
                     return logits, weights, indices
             raise TypeError("it does not answer with (logits, weights, indices)")
-        except Exception as error:  # a family's router may be anything; a guess must never stop a run
+        except Exception as error:  # a family's router may be anything; a prefetch must never stop a run
             self._broken = True
             logger.warning("no prediction from %s: %s", type(self._router).__name__, error)
             return None

@@ -39,7 +39,7 @@ def top_k(model: PreTrainedModel) -> int:
 
 
 def transient_slots(model: PreTrainedModel, header: StoreHeader) -> int:
-    """Slots of the region for guesses and waves: two tokens' worth of one layer."""
+    """Slots of the region for prefetches and waves: two tokens' worth of one layer."""
     return min(max(2 * top_k(model), 4), max(layer.num_experts for layer in header.layers))
 
 

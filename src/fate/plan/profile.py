@@ -32,7 +32,7 @@ from fate.store.reader import EXPERTS_FILE
 
 VERSION = 1
 PROFILE_FILE = "profile.json"
-OCCUPANCY = 0.1  # what a read costs though it is hidden, in units of itself: the link is not there for other guesses
+OCCUPANCY = 0.1  # what a read costs though it is hidden, in units of itself: the link is not there for other prefetches
 
 
 @dataclass(frozen=True)

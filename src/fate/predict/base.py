@@ -32,8 +32,8 @@ class Gate(Protocol):
 @dataclass(frozen=True)
 class PredictorContext:
     """What a predictor may build on: one gate per MoE layer (None where a router cannot be asked), whether a layer has
-    experts that are not in memory (without them a guess is not worth making), experts of each layer, and of one token
-    in a layer, the experts in a layer's cache (guesses that are staged are not in it), and for what share of the
+    experts that are not in memory (without them a prefetch is not worth making), experts of each layer, and of one token
+    in a layer, the experts in a layer's cache (prefetches that are staged are not in it), and for what share of the
     time the link was busy lately."""
 
     gates: Sequence[Gate | None]

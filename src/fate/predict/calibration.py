@@ -1,7 +1,7 @@
 """How far a gate's prediction for a later layer can be trusted, learned while running.
 
 One `Calibration` serves one layer at one distance. It counts how often the candidate at each rank turned out to be
-needed, of those that were not in memory (what is resident is likelier to be needed again, and needs no guess), and how
+needed, of those that were not in memory (what is resident is likelier to be needed again, and needs no prefetch), and how
 much of the gate's probability must be named before the needed experts are covered: where the gate is sure, few
 candidates past top-k are named, where it is unsure more.
 """

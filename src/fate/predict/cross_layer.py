@@ -20,7 +20,7 @@ from fate.predict.popularity import RecentPopularity
 
 LOOKAHEAD = 2  # layers
 CANDIDATES = 3  # at most, in units of top-k
-PATIENCE = 0.7  # what a guess for the layer after the next is worth beside one for the next
+PATIENCE = 0.7  # what a prefetch for the layer after the next is worth beside one for the next
 # A read that is wrong more often costs more (a demand waits for a chunk, cores for the copy) than it saves; on a link
 # that is never idle, every wrong read takes its whole time from a right one.
 MIN_CONFIDENCE = 0.2

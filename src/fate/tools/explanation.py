@@ -6,7 +6,7 @@
 'prefetching saved about 12.3 ms a token, which took 140 ms, and cost 1.9 ms; 7% of the bytes read were not needed'
 
 What it saved cannot be observed, only estimated from the same run: the time that reads would have taken on demand, of
-what guesses had brought, or were bringing, when their layer asked, less what the layer's computing would have hidden.
+what prefetches had brought, or were bringing, when their layer asked, less what the layer's computing would have hidden.
 
 - A layer that waited in a step all the same would have waited for these bytes too: bytes / speed of the link.
 - One that did not wait would have waited for what computing does not hide. How much that hides is seen where layers
@@ -14,7 +14,7 @@ what guesses had brought, or were bringing, when their layer asked, less what th
   of it, and the estimate is the most that was saved.
 
 The speed is that of the reads on demand, over the time at least one was under way. The cost is the time the predictor
-took, and the time layers waited while the link still carried a guess that was not for them. Where the engine tried
+took, and the time layers waited while the link still carried a prefetch that was not for them. Where the engine tried
 prefetching (`PrefetchSwitch`), its own measurement is the better word, and is among the notes.
 """
 
@@ -37,16 +37,16 @@ MAX_READS = 10_000  # of each phase, for the link's speed: enough for that, and 
 @dataclass(frozen=True)
 class PhaseExplanation:
     """Prompts, or decoding. stats: of whole forwards. layers: of each MoE layer, from routing to sum.
-    guesses: whether the system prefetches at all.
+    prefetches: whether the system prefetches at all.
 
     link_bytes_per_s: None where nothing was read. hidden_s: of a step's reads on demand, the time in which its layer
-    computed; None where no layer waited. saved_s: by layer, the waiting that guesses for it saved, an estimate (see the
-    module); None: not known. delayed_s: by layer, how long it waited while a guess that it did not need was read.
+    computed; None where no layer waited. saved_s: by layer, the waiting that prefetches for it saved, an estimate (see the
+    module); None: not known. delayed_s: by layer, how long it waited while a prefetch that it did not need was read.
     """
 
     stats: StepStats
     layers: tuple[StepStats, ...]
-    guesses: bool
+    prefetches: bool
     link_bytes_per_s: float | None
     hidden_s: float | None
     saved_s: tuple[float, ...] | None
@@ -66,11 +66,11 @@ class PhaseExplanation:
         return None if self.saved_s is None else sum(self.saved_s)
 
     def cost_s(self, layer: int | None = None) -> float:
-        """Of one layer, or of all: predicting, and waiting for a guess to step aside."""
+        """Of one layer, or of all: predicting, and waiting for a prefetch to step aside."""
         return self._stats(layer).predict_s + (sum(self.delayed_s) if layer is None else self.delayed_s[layer])
 
     def gain_s(self, layer: int | None = None) -> float | None:
-        """What guesses for one layer saved, or for all, less the cost. None where nothing was guessed, or what it saved
+        """What prefetches for one layer saved, or for all, less the cost. None where nothing was prefetched, or what it saved
         is not known."""
         stats = self._stats(layer)
         if self.saved_s is None or not (stats.prefetch_used_bytes or stats.prefetch_bytes or stats.predict_s):
@@ -78,7 +78,7 @@ class PhaseExplanation:
         return (sum(self.saved_s) if layer is None else self.saved_s[layer]) - self.cost_s(layer)
 
     def coverage(self, stats: StepStats) -> float | None:
-        return stats.coverage if self.guesses and stats.uncached else None
+        return stats.coverage if self.prefetches and stats.uncached else None
 
     def to_json(self) -> dict[str, Any]:
         """Sums over the phase, in seconds and bytes: `core.StepStats` and what follows from it."""
@@ -129,7 +129,7 @@ class Explanation:
         )
         if not layers.misses and not layers.prefetch_used_bytes:
             return f"every expert needed was in memory; computing took {took}{each}"
-        if not phase.guesses:
+        if not phase.prefetches:
             return f"this system does not prefetch: layers waited {waited} of {took}{each} for experts"
         if not layers.prefetch_bytes and not layers.prefetch_used_bytes:
             return f"nothing was prefetched: predicting cost {cost}, and layers waited {waited} of {took}{each}"
@@ -173,20 +173,20 @@ class Observation:
         stats = session.stats() - stats_before
         layers = [now - before for now, before in zip(session.layer_stats(), layers_before, strict=True)]
         prompts, decoding = watch.reads[True].events, watch.reads[False].events
-        guesses = session.system.guesses
+        prefetches = session.system.prefetches
         prefill, decode = [layer.prefill for layer in layers], [layer.decode for layer in layers]
         return Explanation(
-            explain_phase(stats.prefill, prefill, guesses, watch.waits[True], prompts or decoding),
-            explain_phase(stats.decode, decode, guesses, watch.waits[False], decoding or prompts),
+            explain_phase(stats.prefill, prefill, prefetches, watch.waits[True], prompts or decoding),
+            explain_phase(stats.decode, decode, prefetches, watch.waits[False], decoding or prompts),
             tuple(session.notes[notes_before:]),
         )
 
 
 @dataclass
 class LayerWaits:
-    """Steps of one layer, summed: those in which it waited, and those in which it did not, thanks to guesses.
+    """Steps of one layer, summed: those in which it waited, and those in which it did not, thanks to prefetches.
 
-    delayed_s: how long it waited while a guess that it did not need was read.
+    delayed_s: how long it waited while a prefetch that it did not need was read.
     """
 
     waited_steps: int = 0
@@ -253,7 +253,7 @@ def _waiting(stats: StepStats) -> tuple[float, int, int]:
 def explain_phase(
     stats: StepStats,
     layers: Sequence[StepStats],
-    guesses: bool,
+    prefetches: bool,
     waits: Sequence[LayerWaits],
     reads: Sequence[Event],
 ) -> PhaseExplanation:
@@ -266,13 +266,13 @@ def explain_phase(
         saved_s = [_saved_s(one, speed, hidden_s or 0.0) for one in waits]
     elif not any(one.calm_used_bytes for one in waits):
         saved_s = [0.0] * len(layers)
-    known = tuple(saved_s) if guesses and saved_s is not None else None
+    known = tuple(saved_s) if prefetches and saved_s is not None else None
     delayed_s = tuple(one.delayed_s for one in waits)
-    return PhaseExplanation(stats, tuple(layers), guesses, speed, hidden_s, known, delayed_s)
+    return PhaseExplanation(stats, tuple(layers), prefetches, speed, hidden_s, known, delayed_s)
 
 
 def _saved_s(waits: LayerWaits, link_bytes_per_s: float, hidden_s: float) -> float:
-    """Never more than the time the link took for what was guessed and used: what computing hides of a layer's reads is
+    """Never more than the time the link took for what was prefetched and used: what computing hides of a layer's reads is
     taken off its demands first."""
     left_s = max(waits.calm_steps * hidden_s - waits.calm_demand_bytes / link_bytes_per_s, 0.0)
     unhidden_s = max(waits.calm_used_bytes / link_bytes_per_s - left_s, 0.0)
@@ -288,12 +288,12 @@ def format_ms(seconds: float) -> str:
 
 
 def wasted_bytes(stats: StepStats) -> int:
-    """Guessed bytes that no layer used; what one phase reads and the next uses would count as less than none."""
+    """Prefetched bytes that no layer used; what one phase reads and the next uses would count as less than none."""
     return max(stats.wasted_bytes, 0)
 
 
 def link_bytes_per_s(reads: Sequence[Event]) -> float | None:
-    """Bytes of reads on demand (of guesses, where there are none) over the time at least one was under way."""
+    """Bytes of reads on demand (of prefetches, where there are none) over the time at least one was under way."""
     chosen = [read for read in reads if read.kind == "demand"] or list(reads)
     busy = busy_s(chosen)
     return sum(read.num_bytes for read in chosen) / busy if busy else None

@@ -222,7 +222,7 @@ def _timed_forward(model: FateModel, ids: torch.Tensor) -> list[float]:
 
 
 def layer_seconds(events: Sequence[Event], forward_s: float) -> list[float]:
-    """From each layer's routing to the next one's, less what it waited for bytes, in one forward without guesses.
+    """From each layer's routing to the next one's, less what it waited for bytes, in one forward without prefetches.
 
     So attention, router and shared experts are in it (the next layer's, which are the same work). What follows the last
     layer is no layer: it gets what lies between the others (where there is but one, all the rest of the forward).

@@ -29,7 +29,7 @@ class Event:
       "stall"     a layer waits for bytes
       "predict"   the predictor works
       "demand"    the read of an expert that its layer asked for
-      "prefetch"  the read of an expert that was guessed
+      "prefetch"  the read of an expert that was prefetched
     """
 
     start_s: float

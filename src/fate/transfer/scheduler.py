@@ -1,4 +1,4 @@
-"""Who is read next: demand before prefetch, guesses only on an idle link.
+"""Who is read next: demand before prefetch, prefetches only on an idle link.
 
 A small pool of threads serves two queues. Demands go first, in order. A prefetch starts only while nothing else is
 queued before it or being read, moves in chunks, and steps aside between chunks when a demand arrives. A prefetch that
@@ -50,7 +50,7 @@ class State(enum.Enum):
 class Transfer:
     """One read of bytes [offset, offset + length) of an expert's record into `slot`.
 
-    precision: what the slot holds once this is DONE. demand: a layer waits for it; guessed_bytes: what was read before
+    precision: what the slot holds once this is DONE. demand: a layer waits for it; prefetched_bytes: what was read before
     it did. prefill: it was asked for in a prompt's step. error: why it FAILED.
     """
 
@@ -63,7 +63,7 @@ class Transfer:
     prefill: bool = False
     confidence: float = 1.0
     state: State = State.QUEUED
-    guessed_bytes: int = 0
+    prefetched_bytes: int = 0
     metered_bytes: int = 0
     progress: Progress = field(default_factory=lambda: Progress(PREFETCH_CHUNK_BYTES))
     error: BaseException | None = None
@@ -87,7 +87,7 @@ class TransferScheduler:
     """`workers` threads reading from `source`. All methods may be called from any thread.
 
     prefetch_cap_bytes bounds the bytes of prefetches that are queued or being read. meter: told of all bytes read
-    (transfer, those it was guessed at, those demanded), by one thread at a time. listener: told of every read (expert,
+    (transfer, those it was prefetched at, those demanded), by one thread at a time. listener: told of every read (expert,
     "demand" or "prefetch", start and end in seconds, bytes). An exception in the caller (a KeyboardInterrupt may come
     anywhere) can leave a transfer that nobody waits for; `quiesce` forgets them all.
     """
@@ -129,11 +129,11 @@ class TransferScheduler:
             self._wake()
 
     def prefetch(self, transfer: Transfer) -> bool:
-        """Queue a guess (`demand` false); False when the byte cap is reached."""
+        """Queue a prefetch (`demand` false); False when the byte cap is reached."""
         with self._lock:
             self._check_open()
-            guesses = [*self._prefetches, *(t for t in self._reading if not t.demand)]
-            if sum(t.length for t in guesses) + transfer.length > self._cap:
+            prefetches = [*self._prefetches, *(t for t in self._reading if not t.demand)]
+            if sum(t.length for t in prefetches) + transfer.length > self._cap:
                 return False
             self._prefetches.append(transfer)
             if not self._reading:  # else the thread that reads goes on with it: waking others only costs
@@ -141,17 +141,17 @@ class TransferScheduler:
             return True
 
     def upgrade(self, transfer: Transfer) -> int:
-        """A layer now waits for this prefetch; returns the bytes it had read as a guess."""
+        """A layer now waits for this prefetch; returns the bytes it had read as a prefetch."""
         with self._lock:
             if not transfer.demand:
                 transfer.demand = True
-                transfer.guessed_bytes = transfer.bytes_read
+                transfer.prefetched_bytes = transfer.bytes_read
                 if transfer in self._prefetches:
                     self._prefetches.remove(transfer)
                     self._demands.append(transfer)
                     self._wake()
                 self._step_aside()
-            return transfer.guessed_bytes
+            return transfer.prefetched_bytes
 
     def cancel(self, transfer: Transfer) -> bool:
         """Give up a transfer. True: its slot is free now. False: a read still writes there; wait for `finished`."""
@@ -283,12 +283,12 @@ class TransferScheduler:
         if self._meter is None:
             return
         read, metered = transfer.bytes_read, transfer.metered_bytes
-        guessed = max(0, (transfer.guessed_bytes if transfer.demand else read) - metered)
-        self._meter(transfer, guessed, read - metered - guessed)
+        prefetched = max(0, (transfer.prefetched_bytes if transfer.demand else read) - metered)
+        self._meter(transfer, prefetched, read - metered - prefetched)
         transfer.metered_bytes = read
 
     def _step_aside(self) -> None:
-        """Guesses that are being read stop at the end of a chunk: a demand has come."""
+        """Prefetches that are being read stop at the end of a chunk: a demand has come."""
         for transfer in self._reading:
             if not transfer.demand:
                 transfer.progress.stop = True
@@ -311,7 +311,7 @@ class TransferScheduler:
         with self._lock:
             self._leave(transfer)
             transfer.state = state
-            if transfer.demand or transfer.cancel_asked:  # nobody waits for a guess
+            if transfer.demand or transfer.cancel_asked:  # nobody waits for a prefetch
                 self._done.notify_all()
             self._wake()
 

@@ -78,8 +78,8 @@ class LayerTrace:
     def foreseen(self, before: LayerTrace, candidates: int = 1) -> float:
         """Share of the experts that are among the top `candidates` times k of this router on `before`'s gate input."""
         top_k = self.experts.shape[1]
-        guesses = (before.gate_inputs @ self.weight.T).topk(candidates * top_k, dim=-1).indices
-        return (guesses[:, :, None] == self.experts[:, None]).any(1).float().mean().item()
+        prefetches = (before.gate_inputs @ self.weight.T).topk(candidates * top_k, dim=-1).indices
+        return (prefetches[:, :, None] == self.experts[:, None]).any(1).float().mean().item()
 
 
 Traces = list[list[LayerTrace]]  # by text, by layer

@@ -59,7 +59,7 @@ def test_a_loss_switches_it_off_with_the_reason_and_it_is_tried_again():
 
 
 def test_a_drift_does_not_decide():
-    """Steps grow slower as a context grows: that is no loss of the prefetches, a step without stands between two with."""
+    """Steps grow slower as a context grows: that is no loss, since a step without stands between two with."""
     clock = itertools.count()
     switch = make(lambda note: pytest.fail(note))
     run(switch, lambda on: (0.1 if on else 0.101) + 1e-4 * next(clock), 4 * MAX_ROUNDS + 4)

@@ -25,8 +25,8 @@ from fate.predict.base import PREDICTORS, Predictor, PredictorContext
 # The paper's collections (EAMC) hold some hundred matrices; of 64 experts by 28 layers, 120 take 0.9 MB.
 MAX_MATRICES = 120
 
-# The paper names all later layers. Reads go nearest first and a layer's routing expires its prefetches, so further layers
-# would only be reached on a link so idle that they are asked for again, and better known, a layer later.
+# The paper names all later layers. Reads go nearest first and a layer's routing expires its prefetches, so further
+# layers would only be reached on a link so idle that they are asked for again, and better known, a layer later.
 LAYERS_AHEAD = 3
 
 # Twice as many candidates as a token uses: beyond, shares come near to chance.

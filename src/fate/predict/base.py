@@ -31,10 +31,12 @@ class Gate(Protocol):
 
 @dataclass(frozen=True)
 class PredictorContext:
-    """What a predictor may build on: one gate per MoE layer (None where a router cannot be asked), whether a layer has
-    experts that are not in memory (without them a prefetch is not worth making), experts of each layer, and of one token
-    in a layer, the experts in a layer's cache (prefetches that are staged are not in it), and for what share of the
-    time the link was busy lately."""
+    """What a predictor may build on.
+
+    gates: of each MoE layer, None where a router cannot be asked. incomplete: whether a layer has experts that are not
+    in its cache; without them a prefetch is not worth making. num_experts: of each layer. top_k: experts of one token in
+    a layer. cached: the experts in a layer's cache, staged ones apart. link_load: for what share of the last steps the
+    link was busy."""
 
     gates: Sequence[Gate | None]
     incomplete: Callable[[int], bool]

@@ -1,8 +1,8 @@
 """How far a gate's prediction for a later layer can be trusted, learned while running.
 
 One `Calibration` serves one layer at one distance. It counts how often the candidate at each rank turned out to be
-needed, of those that were not in memory (what is resident is likelier to be needed again, and needs no prefetch), and how
-much of the gate's probability must be named before the needed experts are covered: where the gate is sure, few
+needed, of those that were not in memory (what is resident is likelier to be needed again, and needs no prefetch). And
+it learns how much of the gate's probability must be named before the needed experts are covered: where the gate is sure, few
 candidates past top-k are named, where it is unsure more.
 """
 

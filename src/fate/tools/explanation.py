@@ -5,8 +5,8 @@
 >>> observation.explain().words
 'prefetching saved about 12.3 ms a token, which took 140 ms, and cost 1.9 ms; 7% of the bytes read were not needed'
 
-What it saved cannot be observed, only estimated from the same run: the time that reads would have taken on demand, of
-what prefetches had brought, or were bringing, when their layer asked, less what the layer's computing would have hidden.
+What it saved cannot be observed, only estimated from the same run. It is the time that reads on demand would have taken
+for what prefetches had brought, or were bringing, when their layer asked, less what computing would have hidden.
 
 - A layer that waited in a step all the same would have waited for these bytes too: bytes / speed of the link.
 - One that did not wait would have waited for what computing does not hide. How much that hides is seen where layers
@@ -15,7 +15,7 @@ what prefetches had brought, or were bringing, when their layer asked, less what
 
 The speed is that of the reads on demand, over the time at least one was under way. The cost is the time the predictor
 took, and the time layers waited while the link still carried a prefetch that was not for them. Where the engine tried
-prefetching (`PrefetchSwitch`), its own measurement is the better word, and is among the notes.
+prefetching (`PrefetchSwitch`), its own measurement is the better one, and is among the notes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class PhaseExplanation:
     prefetches: whether the system prefetches at all.
 
     link_bytes_per_s: None where nothing was read. hidden_s: of a step's reads on demand, the time in which its layer
-    computed; None where no layer waited. saved_s: by layer, the waiting that prefetches for it saved, an estimate (see the
-    module); None: not known. delayed_s: by layer, how long it waited while a prefetch that it did not need was read.
+    computed; None where no layer waited. saved_s: by layer, the waiting that prefetches for it saved, an estimate (see
+    the module); None: not known. delayed_s: by layer, how long it waited while a prefetch that it did not need was read.
     """
 
     stats: StepStats
@@ -70,8 +70,8 @@ class PhaseExplanation:
         return self._stats(layer).predict_s + (sum(self.delayed_s) if layer is None else self.delayed_s[layer])
 
     def gain_s(self, layer: int | None = None) -> float | None:
-        """What prefetches for one layer saved, or for all, less the cost. None where nothing was prefetched, or what it saved
-        is not known."""
+        """What prefetches for one layer, or for all, saved, less the cost. None where there were none, or what they
+        saved is not known."""
         stats = self._stats(layer)
         if self.saved_s is None or not (stats.prefetch_used_bytes or stats.prefetch_bytes or stats.predict_s):
             return None
@@ -272,8 +272,8 @@ def explain_phase(
 
 
 def _saved_s(waits: LayerWaits, link_bytes_per_s: float, hidden_s: float) -> float:
-    """Never more than the time the link took for what was prefetched and used: what computing hides of a layer's reads is
-    taken off its demands first."""
+    """Never more than the time the link took for what was prefetched and used: what computing hides of a layer's reads
+    is taken off its demands first."""
     left_s = max(waits.calm_steps * hidden_s - waits.calm_demand_bytes / link_bytes_per_s, 0.0)
     unhidden_s = max(waits.calm_used_bytes / link_bytes_per_s - left_s, 0.0)
     return waits.waited_used_bytes / link_bytes_per_s + unhidden_s

@@ -2,8 +2,8 @@
 
 One `Calibration` serves one layer at one distance. It counts how often the candidate at each rank turned out to be
 needed, of those that were not in memory (what is resident is likelier to be needed again, and needs no prefetch). And
-it learns how much of the gate's probability must be named before the needed experts are covered: where the gate is sure, few
-candidates past top-k are named, where it is unsure more.
+it learns how much of the gate's probability must be named before the needed experts are covered. Where the gate is
+sure, few candidates past top-k are named, where it is unsure more.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class PhaseExplanation:
 
     link_bytes_per_s: None where nothing was read. hidden_s: of a step's reads on demand, the time in which its layer
     computed; None where no layer waited. saved_s: by layer, the waiting that prefetches for it saved, an estimate (see
-    the module); None: not known. delayed_s: by layer, how long it waited while a prefetch that it did not need was read.
+    the module); None: not known. delayed_s: by layer, how long it waited while a prefetch was read that it did not
+    need.
     """
 
     stats: StepStats

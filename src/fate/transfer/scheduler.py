@@ -87,8 +87,8 @@ class TransferScheduler:
     """`workers` threads reading from `source`. All methods may be called from any thread.
 
     prefetch_cap_bytes bounds the bytes of prefetches that are queued or being read. meter: told of all bytes read
-    (transfer, bytes prefetched, bytes demanded), by one thread at a time. listener: told of every read (expert, "demand"
-    or "prefetch", start and end in seconds, bytes). An exception in the caller (a KeyboardInterrupt may come
+    (transfer, bytes prefetched, bytes demanded), by one thread at a time. listener: told of every read (expert,
+    "demand" or "prefetch", start and end in seconds, bytes). An exception in the caller (a KeyboardInterrupt may come
     anywhere) can leave a transfer that nobody waits for; `quiesce` forgets them all.
     """
 

@@ -35,8 +35,9 @@ class PredictorContext:
 
     gates: of each MoE layer, None where a router cannot be asked. incomplete: whether a layer has experts that are not
     in its cache; without them a prefetch is not worth making. num_experts: of each layer. top_k: experts of one token
-    in a layer. cached: the experts in a layer's cache, staged ones apart. link_load: for what share of the last steps the
-    link was busy."""
+    in a layer. cached: the experts in a layer's cache, staged ones apart. link_load: for what share of the last steps
+    the link was busy.
+    """
 
     gates: Sequence[Gate | None]
     incomplete: Callable[[int], bool]

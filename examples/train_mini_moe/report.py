@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,6 @@ from fate.sim.belady import belady_misses
 from fate.tools.evaluate import perplexity
 from fate.tools.similarity import measure_similarity
 from fate.trace import RoutingTrace
-from replay_oracle import replay
 
 SHARES = (0.25, 0.5, 0.75)
 LOSS_TOKENS = 100_000  # a domain; of the shipped corpus, every held-out document
@@ -81,6 +81,9 @@ def routing_statistics(checkpoint: Path, ids: dict[str, Tensor]) -> dict[str, An
 
 
 def _hit_rates(traces: list[RoutingTrace], share: float) -> dict[str, float]:
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+    from replay_oracle import replay  # the checkout's own simulator of caches
+
     found: dict[str, float] = {}
     capacities = [round(share * experts) for experts in traces[0].meta.num_experts]
     for policy in ("lru", "arc"):

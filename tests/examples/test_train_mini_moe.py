@@ -245,7 +245,8 @@ def test_other_bad_inputs_are_one_line(folder, tmp_path):
 def test_smoke_trains_measures_and_writes_a_model(folder, tmp_path):
     out = tmp_path / "model"
     arguments = ["--corpus", str(folder), "--output", str(out), "--smoke"]
-    subprocess.run([sys.executable, str(SCRIPT), *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     losses = [json.loads(line)["loss"] for line in (out / "training.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.3
     report = json.loads((out / "report.json").read_text())

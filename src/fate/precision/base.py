@@ -22,11 +22,10 @@ class Timing(Protocol):
 
 class PrecisionPolicy(ABC):
     """`exact` policies never change an output; the others are lossy and must be asked for by name. `timing` is None
-    unless the policy says that it `needs_timing`. constant: what `choose` gives for every expert, if it always does."""
+    unless the policy says that it `needs_timing`."""
 
     exact = False
     needs_timing = False
-    constant: Precision | None = None
 
     def __init__(self, timing: Timing | None = None) -> None:
         self.timing = timing

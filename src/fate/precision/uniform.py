@@ -13,7 +13,6 @@ class Full(PrecisionPolicy):
     """Whole records: the store's own precision."""
 
     exact = True
-    constant = Precision.FULL
 
     def choose(self, routing: Routing, missing: Collection[int]) -> Mapping[int, Precision]:
         return dict.fromkeys(routing.experts, Precision.FULL)
@@ -22,8 +21,6 @@ class Full(PrecisionPolicy):
 @PRECISIONS.register("int2")
 class AllINT2(PrecisionPolicy):
     """INT2 prefixes only: about 44% fewer bytes a transfer, lossy."""
-
-    constant = Precision.INT2
 
     def choose(self, routing: Routing, missing: Collection[int]) -> Mapping[int, Precision]:
         return dict.fromkeys(routing.experts, Precision.INT2)

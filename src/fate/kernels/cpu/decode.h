@@ -4,7 +4,7 @@
 //   ExpertHalf::run  the experts chosen, in as many calls as their weights arrive in; the last one sums everything up
 //
 // DecodeBuffers carry what the second call takes from the first. A row gets the bits that the functions joined here
-// (fused.h, attention.h, gate.h, linear.h, rows.h) give for it alone. What does not fit throws std::invalid_argument.
+// (ops.h, attention.h, gate.h, linear.h, rows.h) give for it alone. What does not fit throws std::invalid_argument.
 #pragma once
 
 #include <cstdint>

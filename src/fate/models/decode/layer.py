@@ -58,7 +58,7 @@ class NativeLayer:
         rows = self._step.native and self._rows(x, given)
         if not rows:
             return None
-        cached = planned(given["past_key_values"], self._index)
+        cached = planned(given.get("past_key_values"), self._index)
         place = None if cached is None else cached.next_rows(rows, self._dtype)
         if cached is None or place is None:
             return None

@@ -31,7 +31,7 @@ def cells():
 
 
 def run(store, ids, system, experts, future=()):
-    with fate.load(store, experts=experts, system=system) as model:
+    with fate.load(store, experts=experts, system=system, max_context=64) as model:
         if model.fate.engine.predictor.needs_future:
             model.fate.engine.predictor.foretell(future)
         return stepwise_logits(model, ids), model.fate.stats().total, model.fate.plan

@@ -82,6 +82,7 @@ def neon_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_driver(compiler, NEON_SETS, tmp_path_factory.mktemp("neon"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or shutil.which("g++") is None, reason="x86 and g++")
 def test_x86_has_the_portable_bits_in_every_tail_and_pass(tmp_path: Path) -> None:
     """Rows and bands at every number of groups and tokens, whichever of them would be used."""

@@ -29,7 +29,7 @@ SUBSET = {
 
 
 # Left to `make slow`: what takes long, or differs in little that the others here do not.
-LONG = {"aria", "deepseek_v4", "diffusion_gemma", "jetmoe", "qwen3_vl_moe"}
+LONG = {"aria", "deepseek_v4", "diffusion_gemma", "jetmoe", "qwen3_vl_moe", "zaya"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SUBSET])

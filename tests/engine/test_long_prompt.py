@@ -1,6 +1,6 @@
 """A long prompt through `generate`: in chunks, within the smallest budget, with the full one's output.
 
-The vocabulary is wide, so that keeping the logits of every token (256 MiB or 512) would break the budget.
+The vocabulary is wide, so that keeping the logits of every token (128 MiB or 512) would break the budget.
 """
 
 import json
@@ -46,7 +46,7 @@ def store():
     return tiny_store("qwen2_moe", vocab_size=32768, max_position_embeddings=8192, eos_token_id=None)
 
 
-@pytest.fixture(scope="module", params=[2048, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[1024, pytest.param(4096, marks=pytest.mark.slow)])
 def tokens(request):
     return request.param
 

@@ -28,10 +28,9 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(8))
-def test_layers(seed: int, dtype: torch.dtype, compiled_kernel: str) -> None:
-    layer = Layer(seed, dtype)
+@pytest.mark.parametrize("seed", range(6))
+def test_layers(seed: int, compiled_kernel: str) -> None:
+    layer = Layer(seed, DTYPES[seed % len(DTYPES)])
     attention, experts, buffers = layer.attention(), layer.experts(), layer.buffers(16)
     for rows in (1, layer.pick.randint(2, 16)):
         torch.set_num_threads(layer.pick.choice([1, 2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 
@@ -32,8 +33,7 @@ def rows_alone(call: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor) -> Non
             assert torch.equal(call(x[row : row + 1])[0], rows[row])
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("tokens", "dtype"), list(zip(TOKENS, itertools.cycle(TOLERANCE))))
 class TestRows:
     def test_norm(self, tokens: int, dtype: torch.dtype) -> None:
         x, made = values(tokens, 200, seed=0, dtype=dtype), norm(200, random.Random(tokens), dtype)

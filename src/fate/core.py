@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 
@@ -63,19 +63,18 @@ class Routing(NamedTuple):
         return tuple(self.pairs_per_expert)
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Experts a predictor expects `layer` to need, most confident first, with the confidence of each in [0, 1].
 
     Confidences order the reads of all layers ahead; 0 means: named, but not worth a read.
     """
 
     layer: int
-    ranked: tuple[tuple[int, float], ...]
+    ranked: Sequence[tuple[int, float]]
 
-    @cached_property
+    @property
     def experts(self) -> tuple[int, ...]:
-        return tuple(expert for expert, _ in self.ranked)
+        return tuple([expert for expert, _ in self.ranked])
 
 
 @dataclass

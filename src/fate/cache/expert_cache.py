@@ -163,8 +163,9 @@ class ExpertCache(Generic[T]):
     @property
     def can_stage(self) -> bool:
         """Whether `stage` has a slot to give."""
-        self.reap()
-        return bool(self._free) and len(self._staged) < self.transient
+        if self._releasing:
+            self.reap()
+        return len(self._staged) < self.transient and bool(self._free)
 
     def stage(self, key: ExpertKey) -> Entry[T] | None:
         """Give a new expert a transient slot; None when the region is full."""
@@ -195,9 +196,8 @@ class ExpertCache(Generic[T]):
 
     def reap(self) -> None:
         """Take back the slots whose last users have finished."""
-        if self._releasing:
-            self._free += [entry.slot for entry in self._releasing if not entry.in_use]
-            self._releasing = [entry for entry in self._releasing if entry.in_use]
+        self._free += [entry.slot for entry in self._releasing if not entry.in_use]
+        self._releasing = [entry for entry in self._releasing if entry.in_use]
 
     def releasing(self) -> list[T]:
         """Reads that keep slots from being free."""
@@ -254,7 +254,8 @@ class ExpertCache(Generic[T]):
 
     def _slot_for(self, layer: int) -> int | None:
         """A slot for one more cached expert of `layer`, from the free ones or a victim; None where all are in use."""
-        self.reap()
+        if self._releasing:
+            self.reap()
         pool = self._pools[layer]
         if len(pool.entries) < pool.capacity and self._free:
             return self._free.pop()

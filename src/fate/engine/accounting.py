@@ -32,10 +32,10 @@ class Accounting:
     def first_accesses(self, routing: Routing) -> int:
         """How many of its experts were never asked for before."""
         seen = self._seen[routing.layer]
-        if seen.issuperset(routing.experts):
+        if seen.issuperset(routing.pairs_per_expert):
             return 0
-        new = len(set(routing.experts) - seen)
-        seen.update(routing.experts)
+        new = len(routing.pairs_per_expert.keys() - seen)
+        seen.update(routing.pairs_per_expert)
         return new
 
     def count_read(self, transfer: Transfer, prefetched_bytes: int, demanded_bytes: int) -> None:

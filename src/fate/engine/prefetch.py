@@ -71,18 +71,18 @@ class Prefetcher:
 
     def _take(self, prediction: Prediction, tokens: int) -> None:
         """Replace what was predicted for the layer before."""
-        residency, layer = self._residency, prediction.layer
-        residency.named[layer] = residency.named.get(layer, frozenset()).union(prediction.experts)
-        residency.ranking[layer] = prediction.experts
-        wishes = {expert: confidence for expert, confidence in prediction.ranked if confidence > 0}
+        residency, (layer, ranked) = self._residency, prediction
+        residency.ranking[layer] = experts = prediction.experts
+        residency.named.setdefault(layer, set()).update(experts)
+        wishes = {expert: confidence for expert, confidence in ranked if confidence > 0}
         if wishes:
             self._wishes[layer] = wishes
         else:
             self._wishes.pop(layer, None)
         self._depths.pop(layer, None)
         if self._prefill:
-            routing = Routing(layer, dict.fromkeys(prediction.experts, 1), tokens, prefill=True)
-            missing = [expert for expert in routing.experts if not self._is_full(layer, expert)]
+            routing = Routing(layer, dict.fromkeys(experts, 1), tokens, prefill=True)
+            missing = [expert for expert in experts if not self._is_full(layer, expert)]
             self._depths[layer] = residency.precision.choose(routing, missing)
         if residency.cache.num_staged:
             for entry in residency.cache.staged():
@@ -102,11 +102,9 @@ class Prefetcher:
 
     def pump(self) -> None:
         """Stage what is wished for, the likeliest first, while there is room and the byte cap allows."""
-        wishes = [(c, layer, e) for layer, experts in self._wishes.items() for e, c in experts.items()]
-        if not wishes:
-            return
         cache = self._residency.cache
-        if not cache.can_stage and self._weakest(max(wishes)[0] / REPLACE_RATIO) is None:
+        wishes = [(c, layer, e) for layer, experts in self._wishes.items() for e, c in experts.items()]
+        if not wishes or not (cache.can_stage or self._weakest(max(wishes)[0] / REPLACE_RATIO)):
             return
         wishes.sort(reverse=True)
         for confidence, layer, expert in wishes:

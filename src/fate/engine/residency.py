@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -48,7 +48,7 @@ class Residency:
         self.precision = precision
         self.accounting = accounting
         self.lock = lock
-        self.named: dict[int, frozenset[int]] = {}  # experts that predictions named for a layer since it last ran
+        self.named: dict[int, set[int]] = {}  # experts that predictions named for a layer since it last ran
         self.ranking: dict[int, tuple[int, ...]] = {}  # the last prediction for a layer, most confident first
         self.lease: Lease | None = None  # the one that is open
         self._closed = self._interrupted = False
@@ -212,7 +212,7 @@ class Lease:
         if len(found) == len(routing.pairs_per_expert) and all(map(_is_settled, found.values())):
             self._keep_all(found)
             return
-        missing = [e for e in routing.experts if e not in found or found[e].precision is not Precision.FULL]
+        missing = [e for e in routing.pairs_per_expert if e not in found or found[e].precision is not Precision.FULL]
         wanted = self._wanted = r.precision.choose(routing, missing)
         self._count(found)
         evictions = r.cache.evictions
@@ -221,7 +221,7 @@ class Lease:
             self._keep(entry, wanted[entry.key.expert])
         self._ready.reverse()
         if len(found) < len(wanted):
-            for expert in routing.experts:
+            for expert in routing.pairs_per_expert:
                 if expert not in found:
                     self._load(ExpertKey(routing.layer, expert))
             self._admit_overflow()
@@ -268,36 +268,40 @@ class Lease:
         s.first_accesses += r.accounting.first_accesses(routing)
         s.accesses += len(found)
         s.hits += len(found)
-        self._count_prediction(routing.experts)
+        self._count_prediction()
         r.cache.touch_all(routing.layer, reversed(found))  # so that the most popular is the most recent
         self._ready = list(found.values())
 
     def _count(self, found: Mapping[int, Slot]) -> None:
         """One access for each expert. A hit is resident, at the precision wanted, when the layer asks."""
-        r, routing, s, wanted = self._residency, self.routing, self.stats, self._wanted
-        experts = routing.experts
-        s.first_accesses += r.accounting.first_accesses(routing)
-        named = self._count_prediction(experts)
-        s.accesses += len(experts)
-        for expert in experts:
+        routing, s, wanted = self.routing, self.stats, self._wanted
+        s.first_accesses += self._residency.accounting.first_accesses(routing)
+        named = self._count_prediction()
+        s.accesses += len(routing.pairs_per_expert)
+        for expert in routing.pairs_per_expert:
             entry = found.get(expert)
-            enough = entry is not None and entry.precision is not None and entry.precision >= wanted[expert]
-            s.hits += enough
-            if entry is None or entry.origin is Origin.PREFETCH:
+            if entry is None:
                 s.uncached += 1
                 s.covered += expert in named
-            if entry is not None and entry.origin is Origin.PREFETCH:
+                continue
+            enough = entry.precision is not None and entry.precision >= wanted[expert]
+            s.hits += enough
+            if entry.origin is Origin.PREFETCH:
+                s.uncached += 1
+                s.covered += expert in named
                 s.prefetch_hits += enough
                 s.late_prefetches += not enough
                 s.prefetch_used_bytes += self._prefetched_bytes(entry, wanted[expert])
 
-    def _count_prediction(self, experts: tuple[int, ...]) -> frozenset[int]:
+    def _count_prediction(self) -> Set[int]:
         """What had been predicted for the layer."""
-        named = self._residency.named.pop(self.routing.layer, frozenset())
-        if named:
-            first_k = self._residency.ranking.pop(self.routing.layer)[: len(experts)]
-            self.stats.asked += len(experts)
-            self.stats.recalled += sum([expert in first_k for expert in experts])
+        routing, r = self.routing, self._residency
+        named = r.named.pop(routing.layer, None)
+        if not named:
+            return frozenset()
+        needed = routing.pairs_per_expert
+        self.stats.asked += len(needed)
+        self.stats.recalled += len(needed.keys() & r.ranking.pop(routing.layer)[: len(needed)])
         return named
 
     def _prefetched_bytes(self, entry: Slot, wanted: Precision) -> int:
@@ -347,7 +351,9 @@ class Lease:
 
     def _landed(self) -> list[Slot]:
         """What has arrived at the precision wanted; of a prefetch that was read to less, the rest is demanded."""
-        landed = []
+        landed: list[Slot] = []
+        if not self._waiting:
+            return landed
         for entry in [e for e in self._waiting if e.transfer is None or e.transfer.finished]:
             if entry.transfer is not None:
                 require_done(entry.transfer)

@@ -29,7 +29,7 @@ class Popularity(PrecisionPolicy):
         self._timing = timing
 
     def choose(self, routing: Routing, missing: Collection[int]) -> Mapping[int, Precision]:
-        wanted = dict.fromkeys(routing.experts, Precision.FULL)
+        wanted = dict.fromkeys(routing.pairs_per_expert, Precision.FULL)
         if routing.prefill and routing.tokens > DECODE_LIKE_TOKENS:
             layer = routing.layer
             full_s, int2_s = (self._timing.transfer_s(layer, p) for p in (Precision.FULL, Precision.INT2))

@@ -15,7 +15,7 @@ class Full(PrecisionPolicy):
     exact = True
 
     def choose(self, routing: Routing, missing: Collection[int]) -> Mapping[int, Precision]:
-        return dict.fromkeys(routing.experts, Precision.FULL)
+        return dict.fromkeys(routing.pairs_per_expert, Precision.FULL)
 
 
 @PRECISIONS.register("int2")
@@ -23,4 +23,4 @@ class AllINT2(PrecisionPolicy):
     """INT2 prefixes only: about 44% fewer bytes a transfer, lossy."""
 
     def choose(self, routing: Routing, missing: Collection[int]) -> Mapping[int, Precision]:
-        return dict.fromkeys(routing.experts, Precision.INT2)
+        return dict.fromkeys(routing.pairs_per_expert, Precision.INT2)

@@ -37,30 +37,34 @@ class Calibration:
     def confident(self, output: GateOutput) -> list[tuple[int, float]]:
         """The candidates to name: (expert, how often one of its rank was needed; 0 for what is in memory)."""
         named: list[tuple[int, float]] = []
-        mass = 0.0
+        mass, threshold, optional = 0.0, self.threshold, 1 - self.top_k
         for (expert, probability), is_absent, often in zip(output.ranked, output.absent, self._needed):
-            if len(named) >= self.top_k and mass >= self.threshold:
+            if mass >= threshold and optional > 0:
                 break
+            optional += 1
             mass += probability
             named.append((expert, often if is_absent else 0.0))
         return named
 
     def learn(self, output: GateOutput, needed: Collection[int], *, alone: bool = True) -> None:
         """The layer's routing is known. alone: it was that of this row only, not of several together."""
-        mass, found, frequencies = 0.0, 0, self._needed
-        for rank, (expert, probability) in enumerate(output.ranked):
+        frequencies = self._needed
+        mass, masses = 0.0, []  # the mass named before each needed expert
+        for rank, ((expert, probability), is_absent) in enumerate(zip(output.ranked, output.absent)):
             hit = expert in needed
-            if output.absent[rank]:
+            if is_absent:
                 frequencies[rank] += _RANK_RATE * (hit - frequencies[rank])
-            if hit and alone:
-                found += 1
-                self._move(mass, len(needed))
+            if hit:
+                masses.append(mass)
             mass += probability
-        if alone:
-            for _ in range(len(needed) - found):
-                self._move(_CEILING, len(needed))
+        if alone and needed:
+            masses += [_CEILING] * (len(needed) - len(masses))
+            self._move(masses)
 
-    def _move(self, mass_before: float, num_needed: int) -> None:
+    def _move(self, masses: list[float]) -> None:
         """Quantile tracking: the threshold settles where a share COVERAGE of needed experts lies below it."""
-        step = COVERAGE if mass_before >= self.threshold else COVERAGE - 1
-        self.threshold = min(max(self.threshold + _THRESHOLD_RATE * step / num_needed, _FLOOR), _CEILING)
+        threshold, rate = self.threshold, _THRESHOLD_RATE / len(masses)
+        for mass in masses:
+            threshold += rate * (COVERAGE if mass >= threshold else COVERAGE - 1)
+            threshold = _FLOOR if threshold < _FLOOR else min(threshold, _CEILING)
+        self.threshold = threshold

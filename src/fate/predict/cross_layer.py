@@ -87,14 +87,14 @@ class CrossLayerGate(Predictor):
                     absent[expert] = absent.get(expert, 1.0) * (1 - confidence)
             named = sorted(((e, 1 - none) for e, none in absent.items()), key=lambda pair: -pair[1])
         worth, least = PATIENCE if distance > 1 else 1.0, self._least_confidence()
-        return Prediction(layer, tuple([(e, c * worth if c >= least else 0.0) for e, c in named]))
+        return Prediction(layer, [(e, c * worth if c >= least else 0.0) for e, c in named])
 
     def _least_confidence(self) -> float:
         busier = max(self.context.link_load() - BUSY_LOAD, 0.0) / (1 - BUSY_LOAD)
         return MIN_CONFIDENCE + (BUSY_CONFIDENCE - MIN_CONFIDENCE) * min(busier, 1.0)
 
     def _learn(self, routing: Routing) -> None:
-        layer, needed = routing.layer, frozenset(routing.experts)
+        layer, needed = routing.layer, routing.pairs_per_expert
         for distance in range(LOOKAHEAD + 1):
             if (outputs := self._pending.pop((layer, distance), None)) is not None:
                 calibration = self._calibration(layer, distance)

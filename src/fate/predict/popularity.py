@@ -15,8 +15,7 @@ class RecentPopularity:
 
     def learn(self, needed: Collection[int]) -> None:
         """One token needed these experts."""
-        for expert in range(len(self._frequency)):
-            self._frequency[expert] += _RATE * ((expert in needed) - self._frequency[expert])
+        self._frequency = [old + _RATE * ((expert in needed) - old) for expert, old in enumerate(self._frequency)]
 
     def ranked(self, limit: int) -> tuple[tuple[int, float], ...]:
         """At most `limit` experts, the most frequent first, each with its share of all."""

@@ -116,21 +116,19 @@ class Layer:
         gate, up, down = (packed(*shape, pick, self.dtype, pick.random() < 0.3) for shape in shapes)
         return decode.SharedExpert(gate, up, down, share)
 
-    def attention(self, router: bool = True) -> decode.AttentionHalf:
-        return decode.AttentionHalf(
-            input_norm=self.norms[0],
+    def attention(self, router: bool = True) -> decode.MixerHalf:
+        mixer = decode.Attention(
             query=self.query,
             key=self.key,
             value=self.value,
             output=self.output,
             query_norm=self.head_norms[0],
             key_norm=self.head_norms[1],
-            post_norm=self.norms[1],
             head_dim=self.dim,
             scale=self.scale,
-            router=self.router if router else None,
             dtype=self.dtype,
         )
+        return decode.MixerHalf(self.norms[0], mixer, self.norms[1], self.router if router else None)
 
     def experts(self) -> decode.ExpertHalf:
         return decode.ExpertHalf(

@@ -30,7 +30,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.attention = self.experts = self.routed = 0
-        attend, compute, route = decode.AttentionHalf.__call__, decode.ExpertHalf.__call__, decode.RouterCall.__call__
+        attend, compute, route = decode.MixerHalf.__call__, decode.ExpertHalf.__call__, decode.RouterCall.__call__
 
         def counted_attention(*args: Any, **kwargs: Any) -> Any:
             self.attention += 1
@@ -44,7 +44,7 @@ class Calls:
             self.routed += 1
             return route(*args, **kwargs)
 
-        monkeypatch.setattr(decode.AttentionHalf, "__call__", counted_attention)
+        monkeypatch.setattr(decode.MixerHalf, "__call__", counted_attention)
         monkeypatch.setattr(decode.ExpertHalf, "__call__", counted_experts)
         monkeypatch.setattr(decode.RouterCall, "__call__", counted_route)
 

@@ -67,15 +67,11 @@ void layer(Random& random, const std::string&) {
     const fate::Norm none{nullptr, 0, 0.0f, false};
     const bool biased = random.chance(0.5), normed_heads = random.chance(0.5);
     const fate::Norm of_heads = normed_heads ? any_norm(random, head_norm, dim) : none;
-    const fate::AttentionHalf half{any_norm(random, before, hidden),
-                                   any_norm(random, after, hidden),
-                                   {query.matrix, biased ? query_bias.as() : nullptr, of_heads, nullptr},
-                                   {key.matrix, nullptr, of_heads, nullptr},
-                                   {value.matrix, nullptr, none, nullptr},
-                                   {output.matrix, biased ? output_bias.as() : nullptr},
-                                   dim,
-                                   0.3f / std::sqrt(static_cast<float>(dim)),
-                                   dtype};
+    const fate::Attention mixer({query.matrix, biased ? query_bias.as() : nullptr, of_heads, nullptr},
+                                {key.matrix, nullptr, of_heads, nullptr}, {value.matrix, nullptr, none, nullptr},
+                                {output.matrix, biased ? output_bias.as() : nullptr}, dim,
+                                0.3f / std::sqrt(static_cast<float>(dim)), false, nullptr, dtype);
+    const fate::MixerHalf half{any_norm(random, before, hidden), any_norm(random, after, hidden), &mixer};
     std::vector<int64_t> lengths;
     for (int64_t row = 0; row < rows; ++row) lengths.push_back(random.size(random.chance(0.1) ? 600 : 60));
     const Caches keys(random, lengths, kv_heads, dim, dtype), values(random, lengths, kv_heads, dim, dtype);
@@ -88,10 +84,15 @@ void layer(Random& random, const std::string&) {
         theirs.push_back({keys.values[row].as(), values.values[row].as(), lengths[row]});
     }
     const Exact residual(rows * hidden * item), normed(rows * hidden * item);
-    const fate::AttentionStep step{x.as(),      rows,           {cos.as(), sin.as(), turned, step_of},
-                                   ours.data(), keys.strides,   values.strides,
-                                   residual.as(), normed.as(), threads};
-    fate::attention_half(half, step);
+    fate::MixerStep step{};
+    step.x = x.as();
+    step.rows = rows;
+    step.rotary = {cos.as(), sin.as(), turned, step_of};
+    step.cache = ours.data();
+    step.key_strides = keys.strides;
+    step.value_strides = values.strides;
+    step.threads = threads;
+    half.run(step, residual.as(), normed.as());
 
     const Exact expected(rows * hidden * item), expected_normed(rows * hidden * item);
     for (int64_t row = 0; row < rows; ++row) {  // each alone, out of what is joined
@@ -99,15 +100,15 @@ void layer(Random& random, const std::string&) {
         const Exact first(hidden * item), q(heads * dim * item), k(kv_heads * dim * item), v(kv_heads * dim * item);
         const Exact attended(hidden * item);
         fate::rms_norm(half.input_norm, x.as() + at, dtype, 1, first.as(), 1);
-        fate::HeadsCall call{half.query, half.key, half.value, {cos.as() + place, sin.as() + place, turned, 0},
+        fate::HeadsCall call{mixer.query, mixer.key, mixer.value, {cos.as() + place, sin.as() + place, turned, 0},
                              first.as(), dtype, 1, dim, 1, &theirs[row], keys.strides, values.strides};
         call.query.out = q.as();
         call.key.out = k.as();
         call.value.out = v.as();
         fate::project_heads(call);
         fate::attend_project({q.as(), &theirs[row], keys.strides, values.strides, dtype, 1, heads, kv_heads, dim, dim,
-                              half.scale, nullptr, 1},
-                             half.output, attended.as());
+                              mixer.scale, nullptr, 1},
+                             mixer.output, attended.as());
         fate::add_values(x.as() + at, attended.as(), dtype, hidden, expected.as() + at);
         fate::rms_norm(half.post_norm, expected.as() + at, dtype, 1, expected_normed.as() + at, 1);
         require_same("keys in the cache", our_keys[row], keys.values[row]);

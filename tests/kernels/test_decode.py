@@ -152,7 +152,7 @@ def test_attention_that_does_not_fit_is_refused() -> None:
         rotary[0].double(),
         rotary[0][:2].expand(2, 1, -1) if len(rotary[0]) > 1 else rotary[0].expand(2, 1, -1),
     ):
-        with pytest.raises(ValueError, match="cos and sin"):
+        with pytest.raises(ValueError, match="angles must be"):
             half(buffers, x, (cos, cos), kv)
     with pytest.raises(ValueError, match="an even part of a head"):
         half(buffers, x, (torch.ones(1, 1, layer.dim + 2), torch.ones(1, 1, layer.dim + 2)), kv)

@@ -26,16 +26,15 @@ Clock = Callable[[], float]
 class CurrentStep(threading.local):
     """The step under way in this thread.
 
-    spans: which rows belong to which sequence. native: whether layers may go by native calls. rotary,
-    num_arguments: the position embeddings that a layer of this step was called with, and how many arguments.
+    spans: which rows belong to which sequence. native: whether layers may go by native calls. calls: by the rotation of
+    a layer, the angles that one of this step was called with, and how many arguments.
     """
 
     def __init__(self, lock: threading.RLock) -> None:
         self.lock = lock
         self.spans: tuple[Span, ...] = ()
         self.native = False
-        self.rotary: object = None
-        self.num_arguments = 0
+        self.calls: dict[object, tuple[object, int]] = {}
         self.began_s: float | None = None
 
     @property
@@ -75,7 +74,7 @@ class Steps:
     def begin(self, spans: tuple[Span, ...], *, native: bool) -> None:
         if self.current.began_s is not None:  # of a forward that raised: its tokens count, its time is lost
             self.times.add(self.current.prefill, sum(span.rows for span in self.current.spans), 0.0)
-        self.current.spans, self.current.native, self.current.rotary = spans, native, None
+        self.current.spans, self.current.native, self.current.calls = spans, native, {}
         self.current.began_s = self._clock()
 
     def end(self) -> bool:

@@ -209,8 +209,9 @@ def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query key^T) value of one new token, in float32 and rounded once at the end.
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
+    """softmax(scale * query key^T) value of one new token, in float32 and rounded once at the end. sinks: [heads], a
+    score of each head that counts in its softmax and has no value.
 
     query: [batch, heads, 1, dim]. key, value: [batch, kv heads, positions, dim (value's may differ)] in any strides
     but the last; heads is a multiple of kv heads. Only what `can_attend`. Returns [batch, 1, heads, value dim].
@@ -219,6 +220,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     kv_heads, length, value_dim = value.shape[1:]
     if tokens != 1 or key.shape != (batch, kv_heads, length, key_dim) or value.shape[0] != batch:
         raise ValueError(f"one token over a cache, not {tuple(query.shape)} over {tuple(key.shape)}")
+    if sinks is not None:
+        if sinks.shape != (heads,):
+            raise ValueError(f"sinks must be [{heads}], not {tuple(sinks.shape)}")
+        sinks = sinks.float().contiguous()
     query = query.contiguous()
     out = torch.empty(batch, 1, heads, value_dim, dtype=query.dtype)
     native.extension().attend(
@@ -231,6 +236,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         (batch, heads, kv_heads, length),
         (key_dim, value_dim),
         scale,
+        0 if sinks is None else sinks.data_ptr(),
         out.data_ptr(),
         threads.count(),
     )

@@ -1,13 +1,13 @@
 """A decoder layer for 1 to 16 rows in two native calls. Each row is the new token of a sequence of its own.
 
-    AttentionHalf   residual = x + attention(input_norm(x)); normed = post_norm(residual); the router's choice
-    ExpertHalf      the chosen experts, in as many calls as their weights arrive in; the last one sums everything up
+    MixerHalf    residual = x + mixer(input_norm(x)); normed = post_norm(residual); the router's choice
+    ExpertHalf   the chosen experts, in as many calls as their weights arrive in; the last one sums everything up
 
 Objects are built once, when a model is loaded; weights must then stay where they are. `Buffers` carry what the second
 call takes from the first. Every row gets the bits that the functions of `ops` and `kernels` give for that row alone,
 whatever rows share the call, however many threads run it, and in whatever groups the experts arrive.
 
->>> routed = attention(buffers, x, (cos, sin), kv)
+>>> routed = first_half(buffers, x, (cos, sin), kv)
 >>> here, missing = ...  # which of routed.experts are in memory
 >>> experts(buffers, rows, here, slots, None, first=True, last=False, out=None, add_residual=False)
 >>> experts(buffers, rows, missing, more_slots, None, first=False, last=True, out=x, add_residual=True)
@@ -27,18 +27,29 @@ from torch import Tensor
 from fate.core import Precision
 from fate.kernels import native, threads
 from fate.kernels.activation import ExpertActivation
+from fate.kernels.mixers import (
+    Attention,
+    DeltaRule,
+    KVRows,
+    LatentAttention,
+    Mixer,
+    Rotary,
+    Rotation,
+    StateRows,
+    angles,
+)
 from fate.kernels.native import DTYPE_CODES
 from fate.kernels.ops import (
     Norm,
     PackedMatrix,
     Router,
+    Scoring,
     SharedExpert,
     add_gated,
     add_gated_logits,
     extension,
     gated_mlp,
     multiply_few_rows,
-    native_matrix,
     native_norm,
     native_router,
     native_shared_expert,
@@ -51,16 +62,24 @@ from fate.store.format import RecordLayout
 
 __all__ = [
     "MAX_ROWS",
-    "AttentionHalf",
+    "Attention",
     "Buffers",
+    "DeltaRule",
     "ExpertHalf",
     "KVRows",
+    "LatentAttention",
+    "Mixer",
+    "MixerHalf",
     "Norm",
     "PackedMatrix",
+    "Rotary",
+    "Rotation",
     "Routed",
     "Router",
     "RouterCall",
+    "Scoring",
     "SharedExpert",
+    "StateRows",
     "add_gated",
     "add_gated_logits",
     "gated_mlp",
@@ -75,19 +94,6 @@ __all__ = [
 ]
 
 MAX_ROWS = 16
-
-
-class KVRows(NamedTuple):
-    """Where each row's keys and values are. Element [head, position, :] of keys[r] is at address
-    keys[r] + (head * key_strides[0] + position * key_strides[1]) * itemsize, contiguous over the last dimension.
-    The row attends to positions starts[r] up to lengths[r]; its own key and value are written at lengths[r] - 1."""
-
-    keys: Sequence[int]
-    values: Sequence[int]
-    key_strides: tuple[int, int]
-    value_strides: tuple[int, int]
-    starts: Sequence[int]
-    lengths: Sequence[int]
 
 
 class Routed(NamedTuple):
@@ -115,12 +121,12 @@ class Buffers:
         self.rows, self.hidden, self.top_k, self.dtype = rows, hidden, top_k, dtype
         self.residual = torch.zeros(rows, hidden, dtype=dtype)
         self.normed = torch.zeros(rows, hidden, dtype=dtype)
-        self._logits = torch.zeros(rows * num_experts, dtype=dtype)
+        self._logits = torch.zeros(rows * num_experts, dtype=torch.float32)
         self._scores = torch.zeros(rows * top_k, dtype=torch.float32)
         self._indices = torch.zeros(rows * top_k, dtype=torch.int64)
-        self._form = num_experts, top_k, dtype  # of the last routing
+        self._form = num_experts, top_k, dtype, dtype  # of the last routing
         self._normed_of = [self.normed[:count] for count in range(rows + 1)]
-        self._rotary: tuple[object, tuple[int, int, int, bool]] = (None, (0, 0, 0, False))
+        self._rotary: dict[Rotation, tuple[Rotary, tuple[int, int, int, int, int]]] = {}
         self.native = extension().Buffers(
             rows,
             hidden,
@@ -142,12 +148,12 @@ class Buffers:
 
     @property
     def logits(self) -> Tensor:
-        num_experts = self._form[0]
-        return self._logits[: self.rows * num_experts].view(self.rows, num_experts)
+        num_experts, _, _, dtype = self._form
+        return self._logits.view(dtype)[: self.rows * num_experts].view(self.rows, num_experts)
 
     @property
     def scores(self) -> Tensor:
-        _, top_k, dtype = self._form
+        _, top_k, dtype, _ = self._form
         return self._scores.view(dtype)[: self.rows * top_k].view(self.rows, top_k)
 
     @property
@@ -159,91 +165,58 @@ class Buffers:
         """The first rows of `normed`."""
         return self._normed_of[rows]
 
-    def rotary_address(self, rotary: tuple[Tensor, Tensor], rows: int) -> tuple[int, int, int, bool]:
-        """Of cos and sin [rows or 1, 1, dim], checked. All layers of a step have the same tuple."""
-        if self._rotary[0] is not rotary:
-            cos, sin = rotary
-            dim, wanted = cos.shape[-1], self.dtype
-            fits = cos.shape == sin.shape and cos.dtype == sin.dtype == wanted and cos.shape[0] in (1, rows)
-            if not fits or cos.numel() != cos.shape[0] * dim or not (cos.is_contiguous() and sin.is_contiguous()):
-                raise ValueError(
-                    f"cos and sin must be contiguous {wanted} [{rows} or 1, 1, dim], not {cos.dtype} "
-                    f"{tuple(cos.shape)} and {sin.dtype} {tuple(sin.shape)}"
-                )
-            self._rotary = rotary, (cos.data_ptr(), sin.data_ptr(), dim, cos.shape[0] > 1)
-        return self._rotary[1]
+    def rotary_address(self, rotary: Rotary, rows: int, rotation: Rotation) -> tuple[int, int, int, int, int]:
+        """Of the angles, checked. All layers of one kind have the same object in a step."""
+        held = self._rotary.get(rotation)
+        if held is None or held[0] is not rotary:
+            held = self._rotary[rotation] = rotary, angles(rotary, rows, rotation, self.dtype)
+        return held[1]
 
-    def routed_by(self, num_experts: int, top_k: int, score_dtype: torch.dtype) -> None:
-        """Note the shapes and dtype of the routing that was just written."""
-        self._form = num_experts, top_k, score_dtype
+    def routed_by(self, num_experts: int, top_k: int, score_dtype: torch.dtype, logit_dtype: torch.dtype) -> None:
+        """Note the shapes and dtypes of the routing that was just written."""
+        self._form = num_experts, top_k, score_dtype, logit_dtype
 
 
-class AttentionHalf:
-    """The first half of a decoder layer. head_dim is that of queries, keys and values. query_norm and key_norm cover a
-    head each, or all heads together."""
+class MixerHalf:
+    """The first half of a decoder layer: a mixer between two norms, and the router's choice."""
 
-    def __init__(
-        self,
-        *,
-        input_norm: Norm,
-        query: PackedMatrix,
-        key: PackedMatrix,
-        value: PackedMatrix,
-        output: PackedMatrix,
-        query_norm: Norm | None,
-        key_norm: Norm | None,
-        post_norm: Norm,
-        head_dim: int,
-        scale: float,
-        router: Router | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self.hidden, self.dtype = query.layout.matrices[0].cols, dtype
-        self._held = (
-            input_norm,
-            query,
-            key,
-            value,
-            output,
-            query_norm,
-            key_norm,
-            post_norm,
-            router,
-        )  # keeps weights alive
+    def __init__(self, input_norm: Norm, mixer: Mixer, post_norm: Norm, router: Router | None) -> None:
+        dtype = mixer.dtype
+        self.mixer = mixer
+        self._held = input_norm, post_norm, router  # keeps weights alive
         self._router = None if router is None else native_router(router, dtype)
-        self._routing = None if router is None else (router.weight.shape[0], router.top_k, router.score_dtype)
-        self._native = extension().AttentionHalf(
-            input_norm=native_norm(input_norm, dtype),
-            post_norm=native_norm(post_norm, dtype),
-            query=native_matrix(query, dtype),
-            key=native_matrix(key, dtype),
-            value=native_matrix(value, dtype),
-            output=native_matrix(output, dtype),
-            query_norm=native_norm(query_norm, dtype),
-            key_norm=native_norm(key_norm, dtype),
-            head_dim=head_dim,
-            scale=scale,
-            dtype=DTYPE_CODES[dtype],
+        self._routing = None if router is None else routing_of(router, dtype)
+        self._native = extension().MixerHalf(
+            native_norm(input_norm, dtype), native_norm(post_norm, dtype), mixer.native
         )
 
-    def __call__(self, buffers: Buffers, x: Tensor, rotary: tuple[Tensor, Tensor], kv: KVRows) -> Routed | None:
-        """x: [rows, hidden] or [rows, 1, hidden]. rotary: cos and sin [rows or 1, 1, dim]; the first dim elements of
-        queries and keys are rotated, in halves. Appends each row's key and value, sets buffers.residual and .normed,
-        and, with a router, routes."""
-        rows = _num_rows(x, self.hidden, self.dtype)
+    def __call__(self, buffers: Buffers, x: Tensor, rotary: Rotary | None, place: KVRows | StateRows) -> Routed | None:
+        """x: [rows, hidden] or [rows, 1, hidden]. rotary: the angles of the mixer's rotation, None where it has none.
+        Extends what each row's sequence has kept in its place, sets buffers.residual and .normed, and, with a router,
+        routes."""
+        mixer = self.mixer
+        rows = _num_rows(x, mixer.hidden, mixer.dtype)
+        kept = isinstance(place, StateRows)
         routed = self._native.run(
             buffers.native,
             self._router,
             x.data_ptr(),
             rows,
-            buffers.rotary_address(rotary, rows),
-            kv,
+            None if rotary is None or mixer.rotation is None else buffers.rotary_address(rotary, rows, mixer.rotation),
+            None if kept else place,
+            place.addresses if isinstance(place, StateRows) else None,
             threads.count(),
         )
         if self._routing is None:
             return None
         buffers.routed_by(*self._routing)
         return Routed(*routed)
+
+
+def routing_of(router: Router, dtype: torch.dtype) -> tuple[int, int, torch.dtype, torch.dtype]:
+    """Experts, top_k, and the dtypes of scores and logits."""
+    logit_dtype = torch.float32 if router.float_logits else dtype
+    return router.weight.shape[0], router.top_k, router.score_dtype, logit_dtype
 
 
 class RouterCall:
@@ -257,7 +230,7 @@ class RouterCall:
         """Routes x [rows, hidden] or [rows, 1, hidden] and sets buffers.normed to it."""
         rows = _num_rows(x, buffers.hidden, buffers.dtype)
         routed = Routed(*buffers.native.route(self._native, x.data_ptr(), rows, threads.count()))
-        buffers.routed_by(self._router.weight.shape[0], self._router.top_k, self._router.score_dtype)
+        buffers.routed_by(*routing_of(self._router, buffers.dtype))
         return routed
 
 
@@ -281,7 +254,7 @@ def group(buffers: Buffers, x: Tensor, indices: Tensor, weights: Tensor, num_exp
     routed = buffers.native.choose(
         x.data_ptr(), rows, indices.data_ptr(), weights.data_ptr(), DTYPE_CODES[weights.dtype], top_k, num_experts
     )
-    buffers.routed_by(num_experts, top_k, weights.dtype)
+    buffers.routed_by(num_experts, top_k, weights.dtype, buffers.dtype)
     return Routed(*routed)
 
 

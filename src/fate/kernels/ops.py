@@ -11,6 +11,7 @@ float16). The compiled extension must be there. Wrong shapes and dtypes raise Va
 
 from __future__ import annotations
 
+import enum
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +24,12 @@ from fate.store.format import RecordLayout
 
 class Norm(NamedTuple):
     """RMSNorm: weight * x / sqrt(mean(x^2) + eps). weight: [cols]. round_before_scale: x / rms(x) is rounded to the
-    activations' dtype before it is multiplied by the weight."""
+    activations' dtype before it is multiplied by the weight. plus_one: 1 + weight is what it is multiplied by."""
 
     weight: Tensor
     eps: float
     round_before_scale: bool
+    plus_one: bool = False
 
 
 class PackedMatrix(NamedTuple):
@@ -38,14 +40,37 @@ class PackedMatrix(NamedTuple):
     bias: Tensor | None
 
 
+class Scoring(enum.IntEnum):
+    """What a router's scores are of its logits: their softmax, the sigmoid of each, or the softmax of the top_k
+    largest."""
+
+    SOFTMAX = 0
+    SIGMOID = 1
+    SOFTMAX_OF_TOP = 2
+
+
 class Router(NamedTuple):
-    """A softmax router. weight: [experts, hidden]. The top_k probabilities, in score_dtype, are divided by their sum if
-    `renormalize`."""
+    """A router. weight: [experts, hidden]. Chosen experts' scores, in score_dtype, are divided by their sum if
+    `renormalize`, and multiplied by `scaling`.
+
+    float_logits: logits are not rounded to the activations' dtype. bias: [experts], added to the logits. correction:
+    float32 [experts], added to the scores to choose by, but not to what counts. Experts are chosen within the best
+    top_groups of `groups` groups of neighbours; a group is as good as the sum of its group_best best.
+    Sources: DeepSeek-V2 (arXiv 2405.04434) for groups, DeepSeek-V3 (arXiv 2412.19437) for the correction.
+    """
 
     weight: Tensor
     top_k: int
     renormalize: bool
     score_dtype: torch.dtype
+    scoring: Scoring = Scoring.SOFTMAX
+    float_logits: bool = False
+    bias: Tensor | None = None
+    correction: Tensor | None = None
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    scaling: float = 1.0
 
 
 class SharedExpert(NamedTuple):
@@ -72,7 +97,7 @@ def route_rows(router: Router, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     made, hidden = native_router(router, x.dtype), router.weight.shape[1]
     x = _rows(x, hidden)
     tokens = x.numel() // hidden
-    logits = torch.empty(tokens, router.weight.shape[0], dtype=x.dtype)
+    logits = torch.empty(tokens, router.weight.shape[0], dtype=torch.float32 if router.float_logits else x.dtype)
     scores = torch.empty(tokens, router.top_k, dtype=router.score_dtype)
     indices = torch.empty(tokens, router.top_k, dtype=torch.int64)
     extension().route_rows(
@@ -202,9 +227,10 @@ def extension() -> Any:
 def native_norm(norm: Norm | None, dtype: torch.dtype) -> Any:
     """The norm as the extension's own object, good while its weight stays where it is."""
     if norm is None:
-        return extension().Norm(0, 0, 0.0, False)
-    _check(norm.weight, "a norm's weight", dtype, (norm.weight.numel(),))
-    return extension().Norm(norm.weight.data_ptr(), norm.weight.numel(), norm.eps, norm.round_before_scale)
+        return extension().Norm(0, 0, 0.0, False, False)
+    weight, eps, round_before_scale, plus_one = norm
+    _check(weight, "a norm's weight", dtype, (weight.numel(),))
+    return extension().Norm(weight.data_ptr(), weight.numel(), eps, round_before_scale, plus_one)
 
 
 def native_matrix(matrix: PackedMatrix, dtype: torch.dtype) -> Any:
@@ -226,8 +252,21 @@ def native_router(router: Router, dtype: torch.dtype) -> Any:
     _check(weight, "a router's weight", dtype, (weight.shape[0], weight.shape[-1]))
     if router.score_dtype not in DTYPE_CODES:
         raise ValueError(f"{router.score_dtype} scores are not supported: use float32, bfloat16 or float16")
-    score_code = DTYPE_CODES[router.score_dtype]
-    return extension().Router(weight.data_ptr(), *weight.shape, router.top_k, router.renormalize, score_code)
+    score_code, experts = DTYPE_CODES[router.score_dtype], weight.shape[0]
+    for tensor, name, wanted in ((router.bias, "bias", dtype), (router.correction, "correction", torch.float32)):
+        if tensor is not None:
+            _check(tensor, f"a router's {name}", wanted, (experts,))
+    how = (
+        int(router.scoring),
+        router.float_logits,
+        0 if router.bias is None else router.bias.data_ptr(),
+        0 if router.correction is None else router.correction.data_ptr(),
+        router.groups,
+        router.top_groups,
+        router.group_best,
+        router.scaling,
+    )
+    return extension().Router(weight.data_ptr(), *weight.shape, router.top_k, router.renormalize, score_code, how)
 
 
 def native_shared_expert(shared: SharedExpert, hidden: int, dtype: torch.dtype) -> Any:

@@ -21,10 +21,10 @@ from transformers.masking_utils import sdpa_mask
 
 from fate import kernels
 from fate.kernels import threads
+from fate.models.decode.forms import ATTENTION_FUNCTION, ATTENTIONS, digest
 
-ATTENTION_FUNCTION = "fate"
 _ASKS_BY_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)")
-_BEYOND = ("position_bias", "cache", "softcap", "s_aux")  # what only other implementations know, or sdpa alone
+_BEYOND = ("position_bias", "cache", "softcap")  # what only other implementations know, or sdpa alone
 
 
 def attention_forward(
@@ -40,16 +40,45 @@ def attention_forward(
     """query [batch, heads, tokens, dim], key and value [batch, kv heads, positions, dim] -> [batch, tokens, heads,
     dim]. transformers' contract of an attention function."""
     one_token = query.shape[2] == 1 and attention_mask is None and not dropout
+    scale, sinks = query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("s_aux")
     if one_token and kernels.can_attend(query, key, value) and all(kwargs.get(name) is None for name in _BEYOND):
-        return kernels.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        return kernels.attend(query, key, value, scale, sinks), None
+    if sinks is not None:
+        with threads.torch_too() if query.shape[2] > 1 else nullcontext():
+            return _with_sinks(query, key, value, attention_mask, scale, sinks), None
     with threads.torch_too() if query.shape[2] > 1 else nullcontext():
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
+def _with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """Attention with a score of each head that has no value, [heads]: what attention gives without it, times the share
+    of the softmax that is left to the others."""
+    heads, tokens = query.shape[1:3]
+    key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    causal = mask is None and tokens > 1
+    out, totals = flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)  # totals: logsumexp of scores
+    left = torch.sigmoid(totals.float() - sinks.float().view(1, -1, 1))
+    result: torch.Tensor = (out * left.unsqueeze(-1).to(out.dtype)).transpose(1, 2).contiguous()
+    return result
+
+
 def adopt(model: PreTrainedModel) -> None:
-    """Use `attention_forward` in `model` where it would have used sdpa."""
+    """Use `attention_forward` in `model` where it would have used sdpa, or has sinks, which sdpa does not know."""
     config = model.config
-    if config._attn_implementation != "sdpa" or config.sub_configs or not model._can_set_attn_implementation():
+    if config.sub_configs or not model._can_set_attn_implementation():
+        return
+    with_sinks = not model._supports_sdpa and any(is_with_sinks(module) for module in model.modules())
+    if config._attn_implementation != ("eager" if with_sinks else "sdpa"):
         return
     try:
         source = inspect.getsource(sys.modules[type(model).__module__])
@@ -57,6 +86,12 @@ def adopt(model: PreTrainedModel) -> None:
         return  # what its code asks for is not known
     if not _ASKS_BY_NAME.search(source):
         model.set_attn_implementation(ATTENTION_FUNCTION)
+
+
+def is_with_sinks(module: torch.nn.Module) -> bool:
+    """Whether it is an attention module of a known form with sinks."""
+    form = ATTENTIONS.get(digest(type(module).forward))
+    return form is not None and form.sinks
 
 
 AttentionInterface.register(ATTENTION_FUNCTION, attention_forward)

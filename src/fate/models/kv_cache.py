@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fate.kernels.decode import KVRows
 
@@ -19,21 +19,34 @@ from fate.kernels.decode import KVRows
 def planned_cache(config: PreTrainedConfig, max_context: int) -> DynamicCache:
     """A DynamicCache for `config` whose ordinary layers hold up to `max_context` tokens without reallocation.
 
-    Layers of other kinds (sliding windows, linear attention) stay transformers' own.
+    Layers of other kinds (linear attention) stay transformers' own.
     """
     cache = DynamicCache(config=config)
     if cache.layers:
-        cache.layers = [PlannedLayer(max_context) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [_planned_layer(layer, max_context) for layer in cache.layers]
     return cache
 
 
-def planned(cache: Any, index: int) -> PlannedLayer | None:
+def _planned_layer(layer: Any, max_context: int) -> Any:
+    if type(layer) is DynamicLayer:
+        return PlannedLayer(max_context)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return PlannedSlidingLayer(layer.sliding_window, max_context)
+    return layer
+
+
+def is_growing(cache: Any) -> bool:
+    """Whether it is a cache of transformers' growing kind that nobody wants to hear of."""
+    return type(cache) is DynamicCache and not getattr(cache, "offloading", False) and "update" not in cache.__dict__
+
+
+def planned(cache: Any, index: int) -> PlannedLayer | PlannedSlidingLayer | None:
     """The layer of the cache, where it is one that may be written to by hand."""
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or index >= len(cache.layers):
+    if not is_growing(cache) or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    replaced = "update" in cache.__dict__ or "update" in layer.__dict__  # someone wants to hear of it
-    return layer if type(layer) is PlannedLayer and not replaced else None
+    replaced = "update" in layer.__dict__  # someone wants to hear of it
+    return layer if type(layer) in (PlannedLayer, PlannedSlidingLayer) and not replaced else None
 
 
 class PlannedLayer(DynamicLayer):
@@ -147,6 +160,70 @@ class PlannedLayer(DynamicLayer):
         if tokens and held is not None:
             buffer[..., :tokens, :] = held
         return buffer
+
+
+class PlannedSlidingLayer(DynamicSlidingWindowLayer):
+    """The last positions of a sliding window. While decoding they move through a buffer of two windows, and are copied
+    to its beginning once a window; transformers' own layer copies all of them at every token."""
+
+    keys: torch.Tensor  # once it is initialized
+    values: torch.Tensor
+
+    def __init__(self, sliding_window: int, max_context: int) -> None:
+        super().__init__(sliding_window)
+        self._room = min(2 * sliding_window, max(max_context, sliding_window))
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._first = self._end = 0  # of the positions that are kept, in the buffers
+        self._places: tuple[Any, ...] = ()
+
+    def next_rows(self, rows: int, dtype: torch.dtype) -> KVRows | None:
+        """See `PlannedLayer.next_rows`."""
+        if not self.is_initialized or self.record_past or self.keys.shape[0] != rows or self.keys.dtype != dtype:
+            return None
+        if not self._is_in_buffers() or self._end >= self._room:
+            if not self.keys.is_cpu or self.keys.shape[-2] == 0:
+                return None
+            self._move()
+        keys_of, values_of, key_strides, value_strides = self._places
+        return KVRows(keys_of, values_of, key_strides, value_strides, [self._first] * rows, [self._end + 1] * rows)
+
+    def advance(self) -> None:
+        """The next position of every sequence was written."""
+        self._end += 1
+        self._first = max(self._first, self._end - (self.sliding_window - 1))
+        self.cumulative_length += 1
+        self._show()
+
+    def reset(self) -> None:
+        self._buffers, self._places = {}, ()
+        super().reset()
+
+    def _show(self) -> None:
+        kept = self._end - self._first
+        self.keys, self.values = (self._buffers[name].narrow(-2, self._first, kept) for name in ("keys", "values"))
+
+    def _is_in_buffers(self) -> bool:
+        buffer = self._buffers.get("keys")
+        if buffer is None or self.keys.stride() != buffer.stride():
+            return False
+        return self.keys.data_ptr() == buffer.data_ptr() + self._first * buffer.stride(-2) * buffer.element_size()
+
+    def _move(self) -> None:
+        """What is kept goes to the beginning of the buffers."""
+        kept = min(self.keys.shape[-2], self.sliding_window - 1)
+        for name, held in (("keys", self.keys), ("values", self.values)):
+            shape = (*held.shape[:-2], self._room, held.shape[-1])
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != shape or buffer.dtype != held.dtype:
+                with torch.inference_mode(False):  # so that a later call outside inference mode may write to it
+                    buffer = torch.empty(shape, dtype=held.dtype)
+            source = held.narrow(-2, held.shape[-2] - kept, kept)
+            buffer.narrow(-2, 0, kept).copy_(source.clone() if held.data_ptr() == buffer.data_ptr() else source)
+            self._buffers[name] = buffer
+        keys, values = self._buffers["keys"], self._buffers["values"]
+        self._places = _rows_of(keys), _rows_of(values), keys.stride()[1:3], values.stride()[1:3]
+        self._first, self._end = 0, kept
+        self._show()
 
 
 def _rows_of(buffer: torch.Tensor) -> list[int]:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from fate.core import Envelope
 from fate.kernels import decode, native, threads
 from fate.models.adapters import Adaptation, adaptation
+from fate.models.decode.latent import key_up_bytes, latent_width
 from fate.plan.budget import Needs
 from fate.plan.machine import resident_bytes
 from fate.store.format import RecordLayout, StoreHeader
@@ -71,7 +72,7 @@ def measure_needs(model: PreTrainedModel, header: StoreHeader, dense: int, envel
     total = header.num_records
     return Needs(
         runtime=resident_bytes() + RUNTIME_HEADROOM_BYTES,
-        dense=dense,
+        dense=dense + key_up_bytes(model, model.dtype.itemsize),
         kv_cache=kv_bytes(model, envelope),
         buffers=_buffer_bytes(model, header, envelope),
         slot=header.max_record_bytes,
@@ -156,7 +157,7 @@ def _buffer_bytes(model: PreTrainedModel, header: StoreHeader, envelope: Envelop
     scratch = 4 * max((m.weights for layout in layouts if layout.is_raw for m in layout.matrices), default=0)
     inputs = (m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear))
     num_experts = max(layer.num_experts for layer in header.layers)
-    widest_input = max(inputs, default=config.hidden_size)
+    widest_input = max(latent_width(model), max(inputs, default=config.hidden_size))
     kernel = _kernel_scratch(layouts, tokens, config.hidden_size, widest_input, num_experts)
     return expert_rows + hidden + expanded + mask + logits + scratch + kernel
 

@@ -72,6 +72,7 @@ def attend(
     shape: tuple[int, int, int, int],
     dims: tuple[int, int],
     scale: float,
+    sinks: int,
     out: int,
     threads: int,
 ) -> None: ...
@@ -95,14 +96,22 @@ def available_kernels() -> list[str]: ...
 def select_kernels(name: str) -> bool: ...
 
 class Norm:
-    def __init__(self, weight: int, cols: int, eps: float, round_before_scale: bool) -> None: ...
+    def __init__(self, weight: int, cols: int, eps: float, round_before_scale: bool, plus_one: bool) -> None: ...
 
 class PackedMatrix:
     def __init__(self, record: Record, packed: int, bias: int) -> None: ...
 
 class Router:
     def __init__(
-        self, weight: int, experts: int, hidden: int, top_k: int, renormalize: bool, score_dtype: int
+        self,
+        weight: int,
+        experts: int,
+        hidden: int,
+        top_k: int,
+        renormalize: bool,
+        score_dtype: int,
+        # scoring, float_logits, bias, correction, groups, top_groups, group_best, scaling
+        how: tuple[int, bool, int, int, int, int, int, float],
     ) -> None: ...
 
 class SharedExpert:
@@ -130,11 +139,11 @@ class Buffers:
         self, x: int, rows: int, indices: int, weights: int, weights_dtype: int, top_k: int, num_experts: int
     ) -> RoutedLists: ...
 
-class AttentionHalf:
+class Mixer: ...
+
+class Attention(Mixer):
     def __init__(
         self,
-        input_norm: Norm,
-        post_norm: Norm,
         query: PackedMatrix,
         key: PackedMatrix,
         value: PackedMatrix,
@@ -143,18 +152,55 @@ class AttentionHalf:
         key_norm: Norm,
         head_dim: int,
         scale: float,
+        gated: bool,
+        sinks: int,
         dtype: int,
     ) -> None: ...
+
+class LatentAttention(Mixer):
+    def __init__(
+        self,
+        hidden: int,
+        dtype: int,
+        query_down: PackedMatrix | None,
+        query_norm: Norm,
+        query: PackedMatrix,
+        latent: PackedMatrix,
+        latent_norm: Norm,
+        key_up: int,
+        up: PackedMatrix,
+        output: PackedMatrix,
+        shape: tuple[int, int, int, int, int],  # heads, plain, turned, value and latent dimensions
+        scale: float,
+    ) -> None: ...
+
+class DeltaRule(Mixer):
+    def __init__(
+        self,
+        hidden: int,
+        dtype: int,
+        inputs: Sequence[tuple[PackedMatrix | None, int, int]],  # packed, or address and rows
+        conv: int,
+        conv_bias: int,
+        decay: int,
+        dt_bias: int,
+        norm: Norm,
+        output: PackedMatrix,
+        shape: tuple[int, int, int, int, int],  # key and value heads, their dimensions, kernel
+    ) -> None: ...
+
+class MixerHalf:
+    def __init__(self, input_norm: Norm, post_norm: Norm, mixer: Mixer) -> None: ...
     def run(
         self,
         buffers: Buffers,
         router: Router | None,
         x: int,
         rows: int,
-        rotary: tuple[int, int, int, bool],
-        kv: tuple[
-            Sequence[int], Sequence[int], tuple[int, int], tuple[int, int], Sequence[int], Sequence[int]
-        ],  # decode.KVRows
+        rotary: tuple[int, int, int, int, int] | None,
+        kv: tuple[Sequence[int], Sequence[int], tuple[int, int], tuple[int, int], Sequence[int], Sequence[int]]
+        | None,  # decode.KVRows
+        states: Sequence[tuple[int, int]] | None,
         threads: int,
     ) -> RoutedLists | None: ...
 

@@ -130,7 +130,8 @@ class Attention {
   private:
     int64_t sums_floats() const { return widest_ * (static_cast<int64_t>(call_.value_dim) + 2); }
     int64_t thread_floats() const {
-        const int64_t floats = widest_ * std::max<int64_t>(call_.key_dim + kStep, call_.value_dim);
+        const int64_t latent = call_.turned != nullptr ? call_.turned_dim + kStep : 0;
+        const int64_t floats = widest_ * std::max<int64_t>(call_.key_dim + kStep + latent, call_.value_dim);
         return (floats + kLanes - 1) / kLanes * kLanes;
     }
 
@@ -171,9 +172,17 @@ class Attention {
         const int64_t each = block_positions(row.length), end = std::min(row.length, (block + 1) * each);
         const void* keys = element(row.keys, call_.dtype, own.kv_head * call_.key_strides.head);
         const void* values = element(row.values, call_.dtype, own.kv_head * call_.value_strides.head);
+        const bool latent = call_.turned != nullptr;
+        const DType given = latent ? DType::kFloat32 : call_.dtype;
+        const int64_t first_head = own.row * call_.heads + own.first_head;
         float *scores = memory, *q = memory + own.heads * kStep;
-        load_floats(element(call_.q, call_.dtype, (own.row * call_.heads + own.first_head) * call_.key_dim),
-                    call_.dtype, static_cast<int64_t>(own.heads) * call_.key_dim, q);
+        float *turned = q + own.heads * call_.key_dim, *turned_scores = turned + own.heads * call_.turned_dim;
+        load_floats(element(call_.q, given, first_head * call_.key_dim), given,
+                    static_cast<int64_t>(own.heads) * call_.key_dim, q);
+        if (latent) {
+            load_floats(element(call_.turned, call_.dtype, first_head * call_.turned_dim), call_.dtype,
+                        static_cast<int64_t>(own.heads) * call_.turned_dim, turned);
+        }
         std::fill_n(sums.values, static_cast<int64_t>(own.heads) * call_.value_dim, 0.0f);
         std::fill_n(sums.tops, own.heads, -std::numeric_limits<float>::infinity());
         std::fill_n(sums.totals, own.heads, 0.0f);
@@ -181,10 +190,19 @@ class Attention {
             const int64_t count = std::min(kStep, end - at);
             tile_kernels().dot_rows(q, own.heads, element(keys, call_.dtype, at * call_.key_strides.position),
                                     call_.dtype, call_.key_strides.position, count, call_.key_dim, scores, kStep);
+            if (latent) {
+                tile_kernels().dot_rows(turned, own.heads,
+                                        element(values, call_.dtype, at * call_.value_strides.position), call_.dtype,
+                                        call_.value_strides.position, count, call_.turned_dim, turned_scores, kStep);
+                for (int head = 0; head < own.heads; ++head) {
+                    add_times(1.0f, turned_scores + head * kStep, count, scores + head * kStep);
+                }
+            }
+            const CacheStrides& strides = latent ? call_.key_strides : call_.value_strides;
+            const void* weighed = element(latent ? keys : values, call_.dtype, at * strides.position);
             for (int head = 0; head < own.heads; ++head) weigh(head, scores + head * kStep, count, sums);
-            tile_kernels().add_rows(scores, kStep, own.heads,
-                                    element(values, call_.dtype, at * call_.value_strides.position), call_.dtype,
-                                    call_.value_strides.position, count, call_.value_dim, sums.values);
+            tile_kernels().add_rows(scores, kStep, own.heads, weighed, call_.dtype, strides.position, count,
+                                    call_.value_dim, sums.values);
         }
     }
 
@@ -203,6 +221,11 @@ class Attention {
         for (int head = 0; head < own.heads; ++head) {
             float top = sums_of(sums, 0).tops[head], total = 0.0f;
             for (int64_t b = 1; b < blocks; ++b) top = std::max(top, sums_of(sums, b).tops[head]);
+            if (call_.sinks != nullptr) {
+                const float sink = call_.sinks[own.first_head + head];
+                top = std::max(top, sink);
+                total = exp_of(sink - top);
+            }
             std::fill_n(memory, dim, 0.0f);
             for (int64_t b = 0; b < blocks; ++b) {
                 const BlockSums block = sums_of(sums, b);
@@ -212,7 +235,8 @@ class Attention {
             }
             multiply_by(1.0f / total, memory, dim);
             const int64_t at = (own.row * call_.heads + own.first_head + head) * dim;
-            store_floats(memory, dim, call_.dtype, static_cast<char*>(call_.out) + at * item_bytes(call_.dtype));
+            const DType given = call_.turned != nullptr ? DType::kFloat32 : call_.dtype;
+            store_floats(memory, dim, given, static_cast<char*>(call_.out) + at * item_bytes(given));
         }
     }
 
@@ -227,7 +251,7 @@ void attend(const AttentionCall& call) { Attention(call).run(); }
 
 int64_t most_attention_scratch_bytes(int64_t widest, int threads) {
     constexpr int64_t kFewestFloats = 10;  // of a block's sums: a head of 8 elements
-    const int64_t block = widest + 2 * kMaxHeads, thread = widest + kMaxHeads * kStep + kLanes;
+    const int64_t block = widest + 2 * kMaxHeads, thread = 2 * (widest + kMaxHeads * kStep) + kLanes;
     return Scratch::bytes_of<std::atomic<int>>(kWaveFloats / kFewestFloats) +
            Scratch::bytes_of<float>(std::max(kWaveFloats, kMaxBlocks * block)) +
            Scratch::bytes_of<float>(threads * thread);

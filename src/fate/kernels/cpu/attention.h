@@ -24,12 +24,19 @@ struct AttentionCall {
     const void* q;          // [rows, heads, key_dim], contiguous
     const CacheRow* cache;  // [rows]
     CacheStrides key_strides, value_strides;
-    DType dtype;  // of q, keys, values and out
+    DType dtype;  // of keys, values, and, unless the call is latent, of q and out
     int64_t rows, heads, kv_heads;
     int key_dim, value_dim;
     float scale;
     void* out;  // [rows, heads, value_dim], contiguous
     int threads;
+    // [heads] or null: a score of each head that counts in its softmax and has no value.
+    const float* sinks = nullptr;
+    // Of latent attention, null otherwise: queries [rows, heads, turned_dim] of `dtype`. A position's keys are then its
+    // values too, q and out are float32, and a score also counts the product of these queries with what `values` of the
+    // cache points to, [turned_dim] a position.
+    const void* turned = nullptr;
+    int turned_dim = 0;
 };
 
 // Query head h reads the keys and values of head h / (heads / kv_heads). A row's result depends on nothing but the row:

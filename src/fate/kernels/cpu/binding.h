@@ -59,14 +59,7 @@ inline void require_heads(const Projection& query, const Projection& key, const 
             "queries, keys and values must have one input");
 }
 
-inline void require_attention_half(const AttentionHalf& half) {
-    require(half.input_norm.cols == half.hidden() && half.post_norm.cols == half.hidden() &&
-                half.output.matrix.rows == half.hidden() && half.output.matrix.cols == half.query.matrix.rows &&
-                half.value.matrix.rows == half.key.matrix.rows && half.heads() % half.kv_heads() == 0,
-            "norms, matrices and heads must fit one another");
-}
-
-// The decode objects: Norm, PackedMatrix, Router, SharedExpert, Buffers, AttentionHalf, ExpertHalf.
+// The decode objects: Norm, PackedMatrix, Router, SharedExpert, Buffers, mixers, MixerHalf, ExpertHalf.
 void bind_decode(nanobind::module_& m);
 
 }  // namespace fate

@@ -1,50 +1,31 @@
 // A decoder layer for a few rows, each the new token of a sequence of its own, in two calls:
 //
-//   attention_half   residual = x + attention(input_norm(x)), normed = post_norm(residual), and the router's choice
+//   MixerHalf::run   residual = x + mixer(input_norm(x)), normed = post_norm(residual); then the router's choice
 //   ExpertHalf::run  the experts chosen, in as many calls as their weights arrive in; the last one sums everything up
 //
 // DecodeBuffers carry what the second call takes from the first. A row gets the bits that the functions joined here
-// (ops.h, attention.h, gate.h, linear.h, rows.h) give for it alone. What does not fit throws std::invalid_argument.
+// (mixer.h, ops.h, gate.h, linear.h, rows.h) give for it alone. What does not fit throws std::invalid_argument.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "expert_activation.h"
-#include "ops.h"
 #include "gate.h"
 #include "layout.h"
+#include "mixer.h"
 #include "numeric.h"
+#include "ops.h"
 
 namespace fate {
 
-struct AttentionHalf {
-    Norm input_norm, post_norm;     // over all of `hidden`
-    Projection query, key, value;   // where they go is set by the call
-    Dense output;
-    int head_dim;
-    float scale;
-    DType dtype;
+struct MixerHalf {
+    Norm input_norm, post_norm;  // over all of `hidden`
+    const Mixer* mixer;
 
-    int hidden() const { return query.matrix.cols; }
-    int64_t heads() const { return query.matrix.rows / head_dim; }
-    int64_t kv_heads() const { return key.matrix.rows / head_dim; }
+    // step.x: the layer's input, its out is not read; residual and normed: [rows, hidden].
+    void run(MixerStep step, void* residual, void* normed) const;
 };
-
-struct AttentionStep {
-    const void* x;  // [rows, hidden]
-    int64_t rows;
-    Rotary rotary;
-    const CacheRow* cache;  // [rows]; the row's own keys and values are written to its last position
-    CacheStrides key_strides, value_strides;
-    void *residual, *normed;  // [rows, hidden]
-    int threads;
-};
-
-void attention_half(const AttentionHalf& half, const AttentionStep& step);
-
-// Bytes of scratch that it takes beside its kernels', for matrices of so many rows.
-int64_t attention_half_scratch_bytes(int64_t hidden, int64_t query_rows, int64_t key_rows, DType dtype, int64_t rows);
 
 // What the routing of some rows says. Pairs of a row and a rank count that have an expert and a weight other than zero.
 struct Routed {
@@ -56,7 +37,7 @@ struct Routed {
 // What is between the two calls, for up to max_rows rows; reused by every layer.
 class DecodeBuffers {
   public:
-    // The caller's memory: residual and normed [max_rows, hidden] and logits [max_rows, max_experts] of `dtype`, scores
+    // The caller's memory: residual and normed [max_rows, hidden] of `dtype`, logits [max_rows, max_experts] and scores
     // [max_rows, max_top_k] with room for float32, indices of the same shape.
     struct Memory {
         void *residual, *normed, *logits, *scores;

@@ -153,8 +153,9 @@ void with_attention(uint64_t q, uint64_t keys, Strides key_strides, uint64_t val
 
 void bind_attend(uint64_t q, uint64_t keys, Strides key_strides, uint64_t values, Strides value_strides, int dtype,
                  std::tuple<int64_t, int64_t, int64_t, int64_t> shape, std::tuple<int, int> dims, float scale,
-                 uint64_t out, int threads) {
+                 uint64_t sinks, uint64_t out, int threads) {
     with_attention(q, keys, key_strides, values, value_strides, dtype, shape, dims, scale, [&](AttentionCall call) {
+        call.sinks = pointer<const float>(sinks);
         call.out = pointer<void>(out);
         call.threads = threads;
         nb::gil_scoped_release release;

@@ -37,7 +37,11 @@ FATE_INLINED inline void normalize(const Norm& norm, const void* x_row, void* ou
     const T *x = static_cast<const T*>(x_row), *weight = static_cast<const T*>(norm.weight);
     T* out = static_cast<T*>(out_row);
     const float scale = 1.0f / std::sqrt(mean_of_squares<Type>(x, norm.cols) + norm.eps);
-    if (norm.round_before_scale) {
+    if (norm.plus_one) {
+        for (int i = 0; i < norm.cols; ++i) {
+            out[i] = Type::round(Type::load(x[i]) * scale * (1.0f + Type::load(weight[i])));
+        }
+    } else if (norm.round_before_scale) {
         for (int i = 0; i < norm.cols; ++i) {
             out[i] = Type::round(Type::load(weight[i]) * Type::load(Type::round(Type::load(x[i]) * scale)));
         }
@@ -48,9 +52,10 @@ FATE_INLINED inline void normalize(const Norm& norm, const void* x_row, void* ou
     }
 }
 
-// One head of one token, in place. Sums and products are rounded one by one, as torch's operations do.
+// One head of one token, in place. Sums and products are rounded one by one, as torch's operations do. `second`: from
+// the angles of the first half to those of the second.
 template <typename Type>
-FATE_INLINED inline void rotate(void* head, const void* cos_row, const void* sin_row, int dim) {
+FATE_INLINED inline void rotate_halves(void* head, const void* cos_row, const void* sin_row, int dim, int second_at) {
     using T = typename Type::Element;
     T* x = static_cast<T*>(head);
     const T *cos = static_cast<const T*>(cos_row), *sin = static_cast<const T*>(sin_row);
@@ -59,9 +64,39 @@ FATE_INLINED inline void rotate(void* head, const void* cos_row, const void* sin
     for (int i = 0; i < half; ++i) {
         const float first = Type::load(x[i]), second = Type::load(x[i + half]);
         const float turned = rounded(-second * Type::load(sin[i]));
-        const float turned_back = rounded(first * Type::load(sin[i + half]));
+        const float turned_back = rounded(first * Type::load(sin[i + second_at]));
         x[i] = Type::round(rounded(first * Type::load(cos[i])) + turned);
-        x[i + half] = Type::round(rounded(second * Type::load(cos[i + half])) + turned_back);
+        x[i + half] = Type::round(rounded(second * Type::load(cos[i + second_at])) + turned_back);
+    }
+}
+
+constexpr int kMostPairs = 512;  // of a rotated part whose halves are put apart
+
+template <typename Type>
+FATE_INLINED inline void rotate_pairs_to_halves(void* head, const void* cos_row, const void* sin_row, int dim) {
+    using T = typename Type::Element;
+    T* x = static_cast<T*>(head);
+    const T *cos = static_cast<const T*>(cos_row), *sin = static_cast<const T*>(sin_row);
+    const auto rounded = [](float value) FATE_INLINED { return Type::load(Type::round(value)); };
+    T second_half[kMostPairs];
+    const int half = dim / 2;
+    for (int i = 0; i < half; ++i) {  // x[i] is read no more once it is written
+        const float first = Type::load(x[2 * i]), second = Type::load(x[2 * i + 1]);
+        const float c = Type::load(cos[i]), s = Type::load(sin[i]);
+        x[i] = Type::round(rounded(first * c) - rounded(second * s));
+        second_half[i] = Type::round(rounded(second * c) + rounded(first * s));
+    }
+    std::memcpy(x + half, second_half, half * sizeof(T));
+}
+
+template <typename Type>
+FATE_INLINED inline void rotate_pairs(void* head, const float* angles, int dim) {
+    using T = typename Type::Element;
+    T* x = static_cast<T*>(head);
+    for (int i = 0; i < dim; i += 2) {
+        const float first = Type::load(x[i]), second = Type::load(x[i + 1]);
+        x[i] = Type::round(first * angles[i] - second * angles[i + 1]);
+        x[i + 1] = Type::round(first * angles[i + 1] + second * angles[i]);
     }
 }
 
@@ -69,8 +104,25 @@ FATE_CLONES void normalize_row(const Norm& norm, DType dtype, const void* x, voi
     dispatch(dtype, [&](auto type) FATE_INLINED { normalize<decltype(type)>(norm, x, out); });
 }
 
-FATE_CLONES void rotate_head(DType dtype, void* head, const void* cos, const void* sin, int dim) {
-    dispatch(dtype, [&](auto type) FATE_INLINED { rotate<decltype(type)>(head, cos, sin, dim); });
+FATE_CLONES void rotate(Rotation kind, DType dtype, void* head, const void* cos, const void* sin, int dim) {
+    dispatch(dtype, [&](auto type) FATE_INLINED {
+        using Type = decltype(type);
+        if (kind == Rotation::kPairs) rotate_pairs<Type>(head, static_cast<const float*>(cos), dim);
+        else if (kind == Rotation::kPairsToHalves) rotate_pairs_to_halves<Type>(head, cos, sin, dim);
+        else rotate_halves<Type>(head, cos, sin, dim, kind == Rotation::kHalves ? dim / 2 : 0);
+    });
+}
+
+FATE_CLONES void multiply_by_sigmoids(DType dtype, void* values, const void* gates, int64_t count) {
+    dispatch(dtype, [&](auto type) FATE_INLINED {
+        using T = typename decltype(type)::Element;
+        T* x = static_cast<T*>(values);
+        const T* gate = static_cast<const T*>(gates);
+        for (int64_t i = 0; i < count; ++i) {
+            const float open = 1.0f / (1.0f + exp2_clamped(-kLog2E * type.load(gate[i])));
+            x[i] = type.round(type.load(x[i]) * type.load(type.round(open)));
+        }
+    });
 }
 
 FATE_CLONES void swiglu_in_place(DType dtype, void* gate, const void* up, int64_t count) {
@@ -116,9 +168,8 @@ const void* element(const void* base, DType dtype, int64_t index) {
 
 int threads_for(int64_t floats, int threads) { return floats < kMinParallelFloats ? 1 : threads; }
 
-// Norm and rotation of what a matrix gave of a token.
-void finish(const HeadsCall& call, const Projection& to, int64_t token) {
-    const int64_t rows = to.matrix.rows, place = token * call.rotary.step;
+// Norm and rotation of a token's `rows` queries or keys.
+void finish(const HeadsCall& call, const Projection& to, int64_t rows, int64_t token) {
     void* heads = element(to.out, call.dtype, token * rows);
     if (to.norm.weight != nullptr) {
         for (int64_t at = 0; at < rows; at += to.norm.cols) {
@@ -126,8 +177,17 @@ void finish(const HeadsCall& call, const Projection& to, int64_t token) {
         }
     }
     for (int64_t at = 0; at < rows; at += call.head_dim) {
-        rotate_head(call.dtype, element(heads, call.dtype, at), element(call.rotary.cos, call.dtype, place),
-                    element(call.rotary.sin, call.dtype, place), call.rotary.dim);
+        rotate_head(call.rotary, token, call.dtype, element(heads, call.dtype, at));
+    }
+}
+
+// What the query matrix gave of a token -> its queries and its gates.
+void part_gates(const HeadsCall& call, int64_t token) {
+    const int64_t rows = call.query_rows(), bytes = call.head_dim * item_bytes(call.dtype);
+    const char* from = static_cast<const char*>(element(call.joined, call.dtype, token * call.query.matrix.rows));
+    for (int64_t at = token * rows; at < (token + 1) * rows; at += call.head_dim, from += 2 * bytes) {
+        std::memcpy(element(call.query.out, call.dtype, at), from, bytes);
+        std::memcpy(element(call.gates, call.dtype, at), from + bytes, bytes);
     }
 }
 
@@ -145,6 +205,16 @@ Product product_of(const Projection& to) { return {to.matrix, to.bias, to.out}; 
 
 }  // namespace
 
+void rotate_head(const Rotary& rotary, int64_t token, DType dtype, void* head) {
+    const int64_t at = token * rotary.step * (rotary.kind == Rotation::kPairs ? 4 : item_bytes(dtype));
+    const auto angles = [at](const void* of) { return static_cast<const char*>(of) + at; };
+    rotate(rotary.kind, dtype, head, angles(rotary.cos), angles(rotary.sin), rotary.dim);
+}
+
+void multiply_by_gates(void* x, const void* gates, DType dtype, int64_t count) {
+    multiply_by_sigmoids(dtype, x, gates, count);
+}
+
 void rms_norm(const Norm& norm, const void* x, DType dtype, int64_t rows, void* out, int threads) {
     parallel_for(rows, threads_for(rows * norm.cols, threads), [&](int64_t row, int) {
         normalize_row(norm, dtype, element(x, dtype, row * norm.cols), element(out, dtype, row * norm.cols));
@@ -152,12 +222,14 @@ void rms_norm(const Norm& norm, const void* x, DType dtype, int64_t rows, void* 
 }
 
 void project_heads(const HeadsCall& call) {
-    linear({product_of(call.query), product_of(call.key), product_of(call.value)}, call.x, call.dtype, call.tokens,
-           call.threads);
+    Product queries = product_of(call.query);
+    if (call.joined != nullptr) queries.out = call.joined;
+    linear({queries, product_of(call.key), product_of(call.value)}, call.x, call.dtype, call.tokens, call.threads);
     const int64_t floats = call.tokens * (call.query.matrix.rows + call.key.matrix.rows);
     parallel_for(call.tokens, threads_for(floats, call.threads), [&](int64_t token, int) {
-        finish(call, call.query, token);
-        finish(call, call.key, token);
+        if (call.joined != nullptr) part_gates(call, token);
+        finish(call, call.query, call.query_rows(), token);
+        finish(call, call.key, call.key.matrix.rows, token);
         if (call.cache == nullptr) return;
         append(call, call.key, token, call.key_strides, call.cache[token].keys);
         append(call, call.value, token, call.value_strides, call.cache[token].values);

@@ -18,11 +18,13 @@ struct Dense {
 };
 
 // weight * x / sqrt(mean(x^2) + eps). round_before_scale: x is rounded to `dtype` before it is multiplied by the weight.
+// plus_one: 1 + weight is what it is multiplied by.
 struct Norm {
     const void* weight;  // [cols], of `dtype`; null: none
     int cols;
     float eps;
     bool round_before_scale;
+    bool plus_one = false;
 };
 
 // x [rows, cols] -> out, which may be x; of `dtype`, contiguous.
@@ -36,11 +38,24 @@ struct Projection {
     void* out;         // [tokens, rows]
 };
 
-// cos and sin [tokens, dim], or [1, dim] for all tokens (step 0): rotates the first `dim` elements of a head, in halves.
+// How a rotation pairs the elements of a head, and what its angles are.
+enum class Rotation {
+    kHalves,          // element i with i + dim / 2; cos and sin [dim]
+    kHalvesOnce,      // the same; cos and sin [dim / 2]
+    kPairsToHalves,   // element 2i with 2i + 1, which then are i and i + dim / 2; cos and sin [dim], of which half is read
+    kPairs,           // element 2i with 2i + 1; cos: float32 pairs (cos, sin) [dim / 2]
+};
+
+// Rotates the first `dim` elements of a head. cos and sin: a row for each token, `step` elements apart, or one for all
+// (step 0).
 struct Rotary {
     const void *cos, *sin;
     int dim, step;
+    Rotation kind = Rotation::kHalves;
 };
+
+// One head's elements, in place.
+void rotate_head(const Rotary& rotary, int64_t token, DType dtype, void* head);
 
 struct HeadsCall {
     Projection query, key, value;
@@ -53,6 +68,11 @@ struct HeadsCall {
     // Null, or where keys and values go too: each token's to the last position of its row.
     const CacheRow* cache = nullptr;
     CacheStrides key_strides = {}, value_strides = {};
+    // Null, or the query matrix gives a gate behind each head's queries: its product [tokens, 2 * heads], and where the
+    // gates go, [tokens, heads].
+    void *joined = nullptr, *gates = nullptr;
+
+    int64_t query_rows() const { return joined == nullptr ? query.matrix.rows : query.matrix.rows / 2; }
 };
 
 // Queries, keys and values of new tokens: product, bias, norm, rotation.
@@ -73,6 +93,9 @@ void add_gated(const void* experts, const void* shared, const void* x, const voi
 // The same with the gate's logits [tokens], of `dtype`.
 void add_gated_logits(const void* experts, const void* shared, const void* logits, DType dtype, int64_t tokens,
                       int hidden, void* out, int threads);
+
+// x * sigmoid(gates), all [count] -> x.
+void multiply_by_gates(void* x, const void* gates, DType dtype, int64_t count);
 
 // silu(gate) * up, both [tokens, inner] -> gate.
 void silu_times(void* gate, const void* up, DType dtype, int64_t tokens, int64_t inner, int threads);

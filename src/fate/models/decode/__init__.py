@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from fate.kernels import decode, native
 from fate.models.adapter import MoELayer
 from fate.models.decode.block import NativeBlock, SparseBlock, adopt_blocks, block_spec
-from fate.models.decode.layer import NativeDecoderLayer, NativeLayer, adopt_layers, attention_half
+from fate.models.decode.layer import NativeDecoderLayer, NativeLayer, adopt_layers, mixer_half
 from fate.models.decode.modules import adopt
 from fate.models.decode.watch import Watch, hears_everything
 
@@ -95,8 +95,8 @@ class NativeModel:
         layer, spec = (_expert_layer(module.mlp), block_spec(module.mlp, dtype)) if sparse else (None, None)
         if layer is None or spec is None or spec.router is None or not layer.build(spec.shared, self._buffers):
             spec = None  # the MLP is called as a module
-        attention = attention_half(module, spec, dtype)
-        return None if attention is None else NativeLayer(module, attention, layer, self._buffers, self._step)
+        half = mixer_half(module, spec, dtype)
+        return None if half is None else NativeLayer(module, half, layer, self._buffers, self._step)
 
 
 def _expert_layer(block: Any) -> Any:

@@ -61,16 +61,18 @@ class SparseBlock(Watched):
         native: NativeBlock | None = self.__dict__.get("fate_native")
         if native is not None and native.takes(flat):
             return native.run(flat).view(x.shape)
-        return self._by_modules(layer, flat, x).view(x.shape)
+        out = self._by_modules(layer, flat, x)
+        return out if isinstance(out, tuple) else out.view(x.shape)
 
-    def _by_modules(self, layer: ExpertLayer, flat: Tensor, x: Tensor) -> Tensor:
+    def _by_modules(self, layer: ExpertLayer, flat: Tensor, x: Tensor) -> Any:
         children: dict[str, Any] = self._modules
-        name = BLOCKS[digest(own_class(self).forward)]
-        _, weights, indices = children["gate"](x if name == "shared_experts" else flat)
-        weights, indices = weights.view(-1, weights.shape[-1]), indices.view(-1, indices.shape[-1])
+        form = BLOCKS[digest(own_class(self).forward)]
+        name = form.shared
+        _, scores, indices = children[form.router](x if name == "shared_experts" else flat)
+        weights, indices = scores.view(-1, scores.shape[-1]), indices.view(-1, indices.shape[-1])
         if not name:
-            out: Tensor = children["experts"](flat, indices, weights)
-            return out
+            out: Tensor = children["experts"](flat, indices, weights).view(x.shape)
+            return (out, scores) if form.scores else out
         shared: Tensor | None = None
 
         def compute_shared() -> Tensor:
@@ -97,7 +99,9 @@ class NativeBlock:
     module it is."""
 
     def __init__(self, block: nn.Module, spec: BlockSpec, layer: Any, buffers: decode.Buffers, step: Any) -> None:
-        self._gate: Any = block._modules["gate"]
+        form = BLOCKS[digest(own_class(block).forward)]
+        self._gate: Any = block._modules[form.router]
+        self._gives_scores = form.scores
         self._num_experts: int = layer.num_experts
         self._router = None if spec.router is None else decode.RouterCall(spec.router, buffers.dtype)
         self._held = spec  # keeps the memory alive
@@ -106,6 +110,7 @@ class NativeBlock:
     def takes(self, x: Tensor) -> bool:
         return (
             self._step.native
+            and not self._gives_scores
             and x.shape[0] <= decode.MAX_ROWS
             and x.dtype is self._buffers.normed.dtype
             and not records_outputs()
@@ -135,8 +140,9 @@ def adopt_blocks(model: nn.Module, watch: Watch) -> None:
         if isinstance(module, Watched) or digest(type(module).forward) not in BLOCKS:
             continue
         children = {name for name, child in module._modules.items() if child is not None}
-        name = BLOCKS[digest(type(module).forward)]
-        wanted = {"gate", "experts"} | ({name} if name else set())
+        form = BLOCKS[digest(type(module).forward)]
+        name = form.shared
+        wanted = {form.router, "experts"} | ({name} if name else set())
         if name == "shared_expert":
             wanted.add("shared_expert_gate")
             gate: Any = module._modules["shared_expert_gate"]
@@ -158,12 +164,13 @@ def block_spec(block: nn.Module, dtype: torch.dtype) -> BlockSpec | None:
     if not isinstance(block, SparseBlock) or block.training:
         return None
     children: dict[str, Any] = block._modules
-    name = BLOCKS[digest(own_class(block).forward)]
+    form = BLOCKS[digest(own_class(block).forward)]
+    name = form.shared
     shared, share = children.get(name) if name else None, children.get("shared_expert_gate")
-    parts = [block, children["gate"], children["experts"], *(m for m in (shared, share) if m is not None)]
+    parts = [block, children[form.router], children["experts"], *(m for m in (shared, share) if m is not None)]
     if not all(map(is_unhooked, parts)) or not own_function(children["experts"]):
         return None
-    gate = children["gate"]
+    gate = children[form.router]
     router = router_of(gate, dtype) if isinstance(gate, NativeRouter) else None
     if shared is None:
         return BlockSpec(router, None)

@@ -8,7 +8,7 @@ other text keeps its own `forward`.
 `make families` proves every form that occurs in a family against the class's own `forward`, and prints the digests of
 the modules it does not know.
 
->>> RMS_NORMS[digest(Qwen2MoeRMSNorm.forward)]
+>>> RMS_NORMS[digest(Qwen2MoeRMSNorm.forward)].round_before_scale
 True
 """
 
@@ -21,6 +21,11 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from fate.kernels.mixers import Rotation
+from fate.kernels.ops import Scoring
+
+ATTENTION_FUNCTION = "fate"  # what our function of attention is called in a configuration
 
 
 @functools.cache
@@ -48,10 +53,18 @@ def form(module: object) -> str:
     return digest(type(module).forward)  # type: ignore[attr-defined]
 
 
-# RMSNorm -> whether the normalised value is rounded to the activations' dtype before it is multiplied by the weight.
+class NormForm(NamedTuple):
+    """round_before_scale, plus_one: see `decode.Norm`. helper: the digest of the `_norm` that `forward` calls."""
+
+    round_before_scale: bool
+    plus_one: bool = False
+    helper: str = ""
+
+
 RMS_NORMS = {
-    "9635bcd843f3": True,  # Llama's: Qwen2-MoE, Qwen3-MoE, Mixtral, OLMoE, DeepSeek and 49 others
-    "eef4e978a32a": False,  # gpt-oss's: FlexOlmo, DeepSeek-V4
+    "9635bcd843f3": NormForm(True),  # Llama's: Qwen2-MoE, Qwen3-MoE, Mixtral, OLMoE, DeepSeek and 49 others
+    "eef4e978a32a": NormForm(False),  # gpt-oss's: FlexOlmo, DeepSeek-V4
+    "2dad5f576075": NormForm(False, plus_one=True, helper="6dc7d2ba16b4"),  # Qwen3-Next, Qwen3.5-MoE
 }
 
 # down_proj(act_fn(gate_proj(x)) * up_proj(x))
@@ -59,13 +72,17 @@ GATED_MLPS = {"7d2027d4464e"}
 
 
 class RouterForm(NamedTuple):
-    """A softmax over one matrix's products, the largest top_k. renormalize: they are divided by their sum; None: the
-    module's `norm_topk_prob` says so. float32_scores: scores are not rounded to the activations' dtype. only_if: the
-    attribute that must have this value."""
+    """renormalize: the chosen scores are divided by their sum; None: the module's `norm_topk_prob` says so.
+    float32_scores: scores are not rounded to the activations' dtype. only_if: the attribute that must have this value.
+    The others: see `decode.Router`; correction and groups are then the module's own."""
 
     renormalize: bool | None
     float32_scores: bool = False
     only_if: tuple[str, object] | None = None
+    scoring: Scoring = Scoring.SOFTMAX
+    float_logits: bool = False
+    biased: bool = False
+    group_best: int = 0  # 0: no groups, no correction and no scaling
 
 
 ROUTERS = {
@@ -75,12 +92,18 @@ ROUTERS = {
     "a28592ebbcbc": RouterForm(False),  # Jamba
     "51ff3b807e04": RouterForm(True),  # Aria: the softmax of the largest logits is the same
     "7e97d0535f83": RouterForm(True, only_if=("expert_selection_fn", "softmax")),  # Cohere2-MoE
+    "471f06ea0bac": RouterForm(False, scoring=Scoring.SOFTMAX_OF_TOP, biased=True),  # gpt-oss
+    # DeepSeek-V2, and DeepSeek-V3 with GLM-4.5 to 4.7, Kimi and others
+    "cd261833a764": RouterForm(
+        False, True, ("topk_method", ("greedy", "group_limited_greedy")), float_logits=True, group_best=1
+    ),
+    "b70233da0041": RouterForm(None, True, scoring=Scoring.SIGMOID, float_logits=True, group_best=2),
 }
 
 
 # Routers that choose in the order of one matrix's products, and the attributes that they do so with.
 RANKED_BY_MATRIX: dict[str, dict[str, object]] = {
-    **{text: {} for text in ROUTERS},
+    **{text: {} for text, form in ROUTERS.items() if not form.biased and not form.group_best},
     "e098276e9f5e": {},  # GraniteMoE
     "5a8354e28623": {},  # Flint
     "471f06ea0bac": {"bias": None},  # gpt-oss, whose bias counts
@@ -89,10 +112,12 @@ RANKED_BY_MATRIX: dict[str, dict[str, object]] = {
 
 
 class AttentionForm(NamedTuple):
-    """q, k, v, rotation in halves, attention over the whole cache, o. only_if_none: an attribute of the module's
-    configuration that must be None."""
+    """q, k, v, rotation, attention over the whole cache or a window, o. only_if_none: an attribute of the module's
+    configuration that must be None. gated, sinks: see `decode.Attention`."""
 
     only_if_none: str | None = None
+    gated: bool = False
+    sinks: bool = False
 
 
 ATTENTIONS = {
@@ -103,19 +128,71 @@ ATTENTIONS = {
     "4e06ba3cadcb": AttentionForm(),  # FlexOlmo, MiniMax-M2: norms over all heads at once
     "38eb7a675fc0": AttentionForm(),  # Mixtral, MiniMax
     "d7d607271e4a": AttentionForm(only_if_none="clip_qkv"),  # OLMoE
+    "ba3864c351b2": AttentionForm(gated=True),  # Qwen3-Next, Qwen3.5-MoE
+    "c6437559b381": AttentionForm(sinks=True),  # gpt-oss
 }
 
-# (apply_rotary_pos_emb, rotate_half): of all of a head, and of its first part.
-ROTATIONS = {("4a8f8b85ee37", "7b6c9b425ca0"), ("d979b6dc501d", "7b6c9b425ca0")}
+# Digests of apply_rotary_pos_emb and of what it calls.
+ROTATIONS = {
+    ("4a8f8b85ee37", "7b6c9b425ca0"): Rotation.HALVES,  # all of a head
+    ("d979b6dc501d", "7b6c9b425ca0"): Rotation.HALVES,  # its first part
+    ("f3b10a49ba10", "6d486d97dc98"): Rotation.HALVES_ONCE,  # gpt-oss
+}
 
-# x + self_attn(input_layernorm(x)), then y + mlp(post_attention_layernorm(y))
-LAYERS = {"1a8125909341", "d4699009e63a"}
 
-# Sparse blocks: gate and experts, and the name of a shared expert ("": there is none) whose output is added.
+class LatentForm(NamedTuple):
+    """Latent attention. rotate: the function that turns queries and keys, by name and digest, and how it does; where
+    `config.rope_interleave` says that another one does, `plain` is None or that one."""
+
+    rotate: tuple[str, str, Rotation]
+    plain: bool = False
+
+
+LATENT_ATTENTIONS = {
+    "00b58f51842e": LatentForm(  # DeepSeek-V3, GLM-4.7-Flash, Kimi
+        ("apply_rotary_pos_emb_interleave", "b212a04cb3ff", Rotation.PAIRS_TO_HALVES), plain=True
+    ),
+    "38b10ee5e0cd": LatentForm(("apply_rotary_emb", "21c7d9d3911d", Rotation.PAIRS)),  # DeepSeek-V2
+}
+EXPAND_KV = "b90d6aa936d0"  # what they make keys and values of latents with
+
+# The gated delta rule -> whether its two input matrices are in the order of key heads; otherwise there are four.
+DELTA_RULES = {
+    "7d0c1b43d722": False,  # Qwen3.5-MoE
+    "0bddf67062b9": True,  # Qwen3-Next
+}
+GATED_NORM = "96920b139d7f"  # the norm of what it gives
+# What it calls, by name.
+DELTA_HELPERS = {
+    "torch_recurrent_gated_delta_rule": "622cdad2a1a1",
+    "causal_conv1d_update": "cc4232b99931",
+    "l2norm": "c961b87a7261",
+    "apply_mask_to_padding_states": "49d9a701d26c",
+}
+
+# x + mixer(input_layernorm(x)), then y + mlp(post_attention_layernorm(y)).
+LAYERS = {
+    "1a8125909341",
+    "d4699009e63a",
+    "f7dc478bf3c5",  # Qwen3-Next, Qwen3.5-MoE: attention or a delta rule
+    "a6e4ee9acdf9",  # gpt-oss, whose MLP gives its scores too
+}
+
+
+class BlockForm(NamedTuple):
+    """A sparse block: a router, experts, and a shared expert ("": there is none) whose output is added. scores: the
+    block gives the router's scores too."""
+
+    shared: str = ""
+    router: str = "gate"
+    scores: bool = False
+
+
 BLOCKS = {
-    "99cc8ec3bb8e": "",  # Qwen3-MoE
-    "af5142f06f49": "",  # OLMoE, FlexOlmo
-    "bb8252a71831": "",  # Mixtral, MiniMax
-    "a229bab296e8": "shared_expert",  # Qwen2-MoE, Qwen3-Next, Qwen3.5-MoE: times the sigmoid of its own gate
-    "a26bd320fa07": "shared_experts",  # DeepSeek, GLM, Kimi and 18 others: as it is
+    "99cc8ec3bb8e": BlockForm(),  # Qwen3-MoE
+    "af5142f06f49": BlockForm(),  # OLMoE, FlexOlmo
+    "bb8252a71831": BlockForm(),  # Mixtral, MiniMax
+    "a229bab296e8": BlockForm("shared_expert"),  # Qwen2-MoE, Qwen3-Next, Qwen3.5-MoE: times the sigmoid of its own gate
+    "a26bd320fa07": BlockForm("shared_experts"),  # DeepSeek, GLM, Kimi and 18 others: as it is
+    "78305e689641": BlockForm(router="router", scores=True),  # gpt-oss
 }

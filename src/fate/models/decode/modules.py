@@ -63,7 +63,8 @@ def norm_of(module: nn.Module, dtype: torch.dtype) -> decode.Norm | None:
         return None
     state = module.__dict__
     eps = state["variance_epsilon"] if "variance_epsilon" in state else state["eps"]
-    return decode.Norm(weight, float(eps), RMS_NORMS[digest(own_class(module).forward)])
+    form = RMS_NORMS[digest(own_class(module).forward)]
+    return decode.Norm(weight, float(eps), form.round_before_scale, form.plus_one)
 
 
 class NativeRouter(Watched):
@@ -83,13 +84,49 @@ def router_of(module: nn.Module, dtype: torch.dtype) -> decode.Router | None:
     form = ROUTERS[digest(own_class(module).forward)]
     if weight is None or weight.dtype != dtype or weight.requires_grad or not weight.is_contiguous() or module.training:
         return None
-    if form.only_if is not None and state.get(form.only_if[0]) != form.only_if[1]:
+    if form.only_if is not None and not _is_one_of(state.get(form.only_if[0]), form.only_if[1]):
         return None
     top_k: int = state["top_k"]
     renormalize = bool(state["norm_topk_prob"]) if form.renormalize is None else form.renormalize
-    if not 0 < top_k <= weight.shape[0] or any(state.get(name) not in (None, 1) for name in _OF_GROUPS):
+    score_dtype = torch.float32 if form.float32_scores else dtype
+    if not 0 < top_k <= weight.shape[0]:
         return None
-    return decode.Router(weight, top_k, renormalize, torch.float32 if form.float32_scores else dtype)
+    router = decode.Router(weight, top_k, renormalize, score_dtype, form.scoring, form.float_logits)
+    if form.biased:
+        bias = module._parameters.get("bias")
+        return None if bias is None or bias.dtype != dtype or bias.requires_grad else router._replace(bias=bias)
+    if form.group_best:
+        return _in_groups(module, router, form.group_best)
+    return None if any(state.get(name) not in (None, 1) for name in _OF_GROUPS) else router
+
+
+def _in_groups(module: nn.Module, router: decode.Router, group_best: int) -> decode.Router | None:
+    """The router with the module's groups, correction and scaling; None where they are not of our kind."""
+    state, correction = module.__dict__, module._buffers.get("e_score_correction_bias")
+    if correction is None:
+        correction = module._parameters.get("e_score_correction_bias")
+    if correction is not None and (correction.dtype != torch.float32 or correction.requires_grad):
+        return None
+    limited = state.get("topk_method", "") != "greedy"
+    groups, top_groups = (state["num_group"], state["topk_group"]) if limited else (1, 1)
+    experts = router.weight.shape[0]
+    if not isinstance(groups, int) or not isinstance(top_groups, int) or not 0 < top_groups <= groups:
+        return None
+    if experts % groups or router.top_k > experts // groups * top_groups:
+        return None
+    if group_best > experts // groups and groups > 1:
+        return None  # the module's own topk fails
+    return router._replace(
+        correction=correction,
+        groups=groups,
+        top_groups=top_groups,
+        group_best=group_best,
+        scaling=float(state["routed_scaling_factor"]),
+    )
+
+
+def _is_one_of(value: object, allowed: object) -> bool:
+    return value in allowed if isinstance(allowed, tuple) else value == allowed
 
 
 class NativeMLP(Watched):
@@ -133,9 +170,15 @@ def adopt(model: nn.Module, watch: Watch) -> None:
         if isinstance(module, Watched):
             continue
         text = digest(type(module).forward)
-        if text in RMS_NORMS and set(module._parameters) == {"weight"}:
+        if text in RMS_NORMS and set(module._parameters) == {"weight"} and _helper(module) == RMS_NORMS[text].helper:
             become(module, NativeRMSNorm, watch)
         elif text in ROUTERS and "weight" in module._parameters:
             become(module, NativeRouter, watch)
         elif text in GATED_MLPS and all(is_packed(module._modules.get(name)) for name in GATED):
             become(module, NativeMLP, watch)
+
+
+def _helper(module: nn.Module) -> str:
+    """The digest of the `_norm` that the module's `forward` calls, "" where it has none."""
+    helper = getattr(type(module), "_norm", None)
+    return "" if helper is None else digest(helper)

@@ -18,7 +18,7 @@ from fate.engine.generation import check_envelope, generate_within_plan
 from fate.engine.step import PhaseTimes
 from fate.errors import ClosedError, ProfileMissingError, UsageError
 from fate.kernels import native, threads
-from fate.models.kv_cache import planned_cache
+from fate.models.kv_cache import plan_layers, planned_cache
 from fate.plan.budget import MemoryPlan, make_plan
 from fate.plan.profile import Profile
 from fate.store.reader import StoreReader
@@ -214,6 +214,8 @@ class Session:
         batch, tokens = ids.shape[0], ids.shape[1]
         cache: Any = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        if past:
+            plan_layers(cache, self.envelope.max_context)
         keep = kwargs.get("logits_to_keep", 0)
         rows = len(keep) if isinstance(keep, torch.Tensor) else keep or tokens
         check_envelope(self.envelope, batch=batch, tokens=tokens, context=past + tokens, logit_rows=batch * rows)

@@ -35,6 +35,21 @@ def _planned_layer(layer: Any, max_context: int) -> Any:
     return layer
 
 
+def plan_layers(cache: Any, max_context: int) -> None:
+    """Give a cache that transformers made, and that holds something already, the layers of `planned_cache`."""
+    if not is_growing(cache):
+        return
+    for index, layer in enumerate(cache.layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+            continue
+        made = _planned_layer(layer, max_context)
+        made.lazy_initialization(layer.keys, layer.values)
+        made.keys, made.values = layer.keys, layer.values
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            made.cumulative_length, made.record_past = layer.cumulative_length, layer.record_past
+        cache.layers[index] = made
+
+
 def is_growing(cache: Any) -> bool:
     """Whether it is a cache of transformers' growing kind that nobody wants to hear of."""
     return type(cache) is DynamicCache and not getattr(cache, "offloading", False) and "update" not in cache.__dict__
@@ -110,6 +125,8 @@ class PlannedLayer(DynamicLayer):
     def next_rows(self, rows: int, dtype: torch.dtype) -> KVRows | None:
         """Where the next token of each of `rows` sequences goes, for who writes keys and values there and then calls
         `advance`; None where that takes `update`."""
+        if self._tokens is None and not self._take_given():
+            return None
         if self._tokens is None or self._tokens >= self._positions():
             return None
         keys, values = self._buffers["keys"], self._buffers["values"]
@@ -119,6 +136,14 @@ class PlannedLayer(DynamicLayer):
             self._places = _rows_of(keys), _rows_of(values), keys.stride()[1:3], values.stride()[1:3], [0] * rows
         keys_of, values_of, key_strides, value_strides, starts = self._places
         return KVRows(keys_of, values_of, key_strides, value_strides, starts, [self._tokens + 1] * rows)
+
+    def _take_given(self) -> bool:
+        """Move what was put in the place of keys and values to buffers."""
+        keys, values = self._given.get("keys"), self._given.get("values")
+        if keys is None or values is None or keys.dim() != 4 or keys.shape[-2] == 0 or not keys.is_cpu:
+            return False
+        self.make_room(keys[..., :1, :], values[..., :1, :])
+        return True
 
     def advance(self) -> None:
         """The next position of every sequence was written."""

@@ -72,6 +72,13 @@ def _with_sinks(
     return result
 
 
+def mask_unless_all(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """sdpa's mask, but None where one new token sees all positions there are, as it does of a sliding window's cache.
+    transformers' contract of a mask function."""
+    mask = sdpa_mask(*args, **kwargs)
+    return None if mask is not None and mask.shape[-2] == 1 and bool(mask.all()) else mask
+
+
 def adopt(model: PreTrainedModel) -> None:
     """Use `attention_forward` in `model` where it would have used sdpa, or has sinks, which sdpa does not know."""
     config = model.config
@@ -95,4 +102,4 @@ def is_with_sinks(module: torch.nn.Module) -> bool:
 
 
 AttentionInterface.register(ATTENTION_FUNCTION, attention_forward)
-AttentionMaskInterface.register(ATTENTION_FUNCTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_FUNCTION, mask_unless_all)

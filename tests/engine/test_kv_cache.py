@@ -6,10 +6,11 @@ import itertools
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import fate
 from fate.core import Envelope
-from fate.models.kv_cache import PlannedLayer, planned_cache
+from fate.models.kv_cache import PlannedLayer, PlannedSlidingLayer, plan_layers, planned_cache
 from fate.plan.needs import kv_bytes
 from fate.tools.inspection import meta_model
 from tiny import FAMILIES, tiny_checkpoint, tiny_config, tiny_store
@@ -78,8 +79,9 @@ def test_a_token_written_where_the_cache_says():
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
     assert ours.next_rows(2, torch.float32) is None, "it is full"
-    ours.crop(-2)
-    assert ours.next_rows(2, torch.float32) is None, "others changed it"
+    for layer in (ours, theirs):
+        layer.crop(-2)
+    assert ours.next_rows(2, torch.float32).lengths == [7, 7], "behind what is left"
     for layer in (ours, theirs):
         layer.reset()
     assert ours.keys is None
@@ -148,3 +150,42 @@ def test_generation_is_transformers_own(arguments, prompt):
         torch.manual_seed(0)
         cache = planned_cache(model.config, 128)
         assert torch.equal(model.generate(prompt, past_key_values=cache, **options), expected)
+
+
+@pytest.mark.parametrize("prompt", [1, 3, 9])
+def test_a_sliding_window_moves_as_transformers_own_does(prompt):
+    window = 5
+    ours, theirs = PlannedSlidingLayer(window, 64), DynamicSlidingWindowLayer(window)
+    assert ours.next_rows(2, torch.float32) is None, "nothing is known of its shape yet"
+    for layer in (ours, theirs):
+        layer.update(*states(prompt, 0))
+    for seed in range(1, 20):
+        key, value = states(1, seed)
+        place = ours.next_rows(2, torch.float32)
+        assert [n - s for s, n in zip(place.starts, place.lengths)] == [min(prompt + seed, window)] * 2
+        for held, strides, new in ((place.keys, place.key_strides, key), (place.values, place.value_strides, value)):
+            for row, head in itertools.product(range(2), range(3)):
+                at = held[row] + 4 * (head * strides[0] + (place.lengths[row] - 1) * strides[1])
+                ctypes.memmove(at, new[row, head].contiguous().data_ptr(), 4 * 8)
+        ours.advance()
+        if seed % 7:
+            theirs.update(key, value)
+        else:  # in between somebody appends by `update`
+            theirs.update(key, value)
+            more = states(2, 100 + seed)
+            assert all(map(torch.equal, ours.update(*more), theirs.update(*more)))
+            prompt += 2
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+
+
+def test_a_cache_that_transformers_made_gets_planned_layers():
+    cache = DynamicCache()
+    keys, values = states(3, 0)
+    cache.update(keys, values, 0)
+    plan_layers(cache, 8)
+    assert torch.equal(cache.layers[0].keys, keys)
+    assert cache.layers[0].next_rows(2, torch.float32).lengths == [4, 4]
+    cache.update(*states(1, 1), 0)
+    assert cache.get_seq_length() == 4

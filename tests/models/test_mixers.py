@@ -198,3 +198,19 @@ def test_the_bits_of_a_row_do_not_depend_on_the_others(name: str) -> None:
     x = torch.randn(3, 1 + STEPS, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
     together, alone = case.natively(x), case.natively(x[1:2])
     assert torch.equal(together[1:2], alone)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "delta" in name])
+@torch.inference_mode()
+def test_a_delta_rule_is_fed_in_pieces_with_the_same_bits(name: str) -> None:
+    rule = Case(name, torch.bfloat16).mixer
+    x = torch.randn(2, 40, HIDDEN, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def fed(pieces: int) -> Tensor:
+        conv, state = delta.new_states(rule, 2)
+        place = delta.rows_of(conv, state)
+        return torch.cat([rule(part.contiguous(), place) for part in x.split(pieces, dim=1)], dim=1)
+
+    whole = fed(40)
+    assert torch.equal(whole, fed(1))
+    assert torch.equal(whole, fed(7))

@@ -199,7 +199,7 @@ def test_refresh_reads_what_went_past_every_watch() -> None:
             assert torch.equal(after, decoded(model, begin(model), 3))
 
 
-@pytest.mark.parametrize("what", ["gradients", "a growing cache", "two tokens", "training", "outputs"])
+@pytest.mark.parametrize("what", ["gradients", "two tokens", "training", "outputs"])
 def test_other_calls_go_by_the_modules(what: str, calls: Calls) -> None:
     with loaded() as model:
         cache = begin(model)
@@ -208,8 +208,6 @@ def test_other_calls_go_by_the_modules(what: str, calls: Calls) -> None:
             with torch.inference_mode(False), torch.enable_grad():
                 embeds = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
                 model(inputs_embeds=embeds, past_key_values=model.fate.new_cache(model.config))
-        elif what == "a growing cache":
-            model(IDS[:1, :1], past_key_values=model(IDS[:1, :4], use_cache=True).past_key_values)
         elif what == "two tokens":
             model(IDS[:1, PROMPT : PROMPT + 2], past_key_values=cache)
         elif what == "training":
@@ -222,6 +220,15 @@ def test_other_calls_go_by_the_modules(what: str, calls: Calls) -> None:
         assert calls.attention == 0
         step(model, begin(model))
         assert calls.attention == model.config.num_hidden_layers, "and the next goes natively again"
+
+
+def test_a_cache_that_the_model_made_is_gone_on_from_natively(calls: Calls) -> None:
+    with loaded() as model:
+        made = model(IDS[:1, :PROMPT], use_cache=True).past_key_values
+        calls.reset()
+        ours = decoded(model, made, 3)
+        assert calls.attention == 3 * model.config.num_hidden_layers
+        assert torch.equal(ours, decoded(model, begin(model), 3))
 
 
 def test_a_layer_called_by_itself_goes_by_its_modules(calls: Calls) -> None:

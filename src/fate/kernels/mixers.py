@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fate.kernels import threads
 from fate.kernels.native import DTYPE_CODES
 from fate.kernels.ops import Norm, PackedMatrix, extension, native_matrix, native_norm
 
@@ -206,6 +207,19 @@ class DeltaRule(Mixer):
         )
         held = inputs, conv, conv_bias, decay, dt_bias, norm, output
         super().__init__(hidden, dtype, None, native, held)
+        self.shape = shape
+
+    def __call__(self, x: Tensor, place: StateRows) -> Tensor:
+        """x [sequences, tokens, hidden] -> [sequences, tokens, hidden]; extends each sequence's state in its place. The
+        bits are those of one token after the other."""
+        sequences, tokens, hidden = x.shape
+        if x.dtype != self.dtype or hidden != self.hidden or not x.is_contiguous() or not tokens:
+            raise ValueError(f"x must be contiguous {self.dtype} [.., tokens, {self.hidden}], not {tuple(x.shape)}")
+        if len(place.addresses) != sequences:
+            raise ValueError(f"{sequences} sequences need a state each, not {len(place.addresses)}")
+        out = torch.empty_like(x)
+        self.native.run(x.data_ptr(), tokens, place.addresses, out.data_ptr(), threads.count())
+        return out
 
 
 def angles(rotary: Rotary, rows: int, rotation: Rotation, dtype: torch.dtype) -> tuple[int, int, int, int, int]:

@@ -167,6 +167,26 @@ nb::object run_mixer_half(const MixerHalf& half, DecodeBuffers& buffers, const R
     return nb::cast(lists(std::move(routed)));
 }
 
+// x [sequences * tokens, hidden] -> out.
+void run_delta_rule(const DeltaRule& rule, uint64_t x, int64_t tokens, const StateRows& states, uint64_t out,
+                    int threads) {
+    require(tokens > 0 && !states.empty(), "a sequence needs tokens");
+    std::vector<StateRow> rows;
+    for (const auto& [conv, own] : states) {
+        require(conv != 0 && own != 0, "a sequence must have a state");
+        rows.push_back({pointer<void>(conv), pointer<float>(own)});
+    }
+    MixerStep step{};
+    step.x = pointer<const void>(x);
+    step.rows = tokens * static_cast<int64_t>(rows.size());
+    step.tokens = tokens;
+    step.states = rows.data();
+    step.out = pointer<void>(out);
+    step.threads = threads;
+    nb::gil_scoped_release release;
+    rule.run(step, Scratch::reserve(rule.scratch_bytes(step.rows, threads), Scratch::kCaller));
+}
+
 Attention* make_attention(const Dense& query, const Dense& key, const Dense& value, const Dense& output,
                           const Norm& query_norm, const Norm& key_norm, int head_dim, float scale, bool gated,
                           uint64_t sinks, int dtype) {
@@ -369,7 +389,8 @@ void bind_objects(nb::module_& m) {
             fill_delta(made, inputs, conv, conv_bias, decay, dt_bias, norm, output, shape);
             new (at) DeltaRule(made);
         }, "hidden"_a, "dtype"_a, "inputs"_a, "conv"_a, "conv_bias"_a, "decay"_a, "dt_bias"_a, "norm"_a, "output"_a,
-             "shape"_a);
+             "shape"_a)
+        .def("run", &run_delta_rule);
     nb::class_<MixerHalf>(m, "MixerHalf")
         .def("__init__", [](MixerHalf* at, const Norm& input_norm, const Norm& post_norm, const Mixer& mixer) {
             new (at) MixerHalf(make_mixer_half(input_norm, post_norm, mixer));

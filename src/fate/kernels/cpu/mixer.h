@@ -1,5 +1,6 @@
 // What mixes the positions of a sequence in a decoder layer: attention, or a recurrence. For a few rows, each the new
-// token of a sequence of its own, which reads and extends what that sequence has kept. A row gets the same bits whatever
+// token of a sequence of its own, which reads and extends what that sequence has kept; a recurrence takes several new
+// tokens of each sequence, and gives each the bits that it gives one after the other. A row gets the same bits whatever
 // rows share its call, and on any number of threads.
 #pragma once
 
@@ -26,8 +27,10 @@ struct MixerStep {
     // Attention: [rows]; the row's own keys and values are written to its last position.
     const CacheRow* cache;
     CacheStrides key_strides, value_strides;
-    const StateRow* states;  // recurrences: [rows]
-    void* out;               // [rows, hidden]
+    // Recurrences: [rows / tokens], of sequences that have `tokens` new tokens each, one row after the other.
+    const StateRow* states;
+    int64_t tokens = 1;
+    void* out;  // [rows, hidden]
     int threads;
 };
 
@@ -135,10 +138,17 @@ struct DeltaRule : Mixer {
     int channels() const { return 2 * key_heads * key_dim + value_heads * value_dim; }
     int values() const { return value_heads * value_dim; }
     int64_t most_plain_rows() const;
+    int64_t own_floats() const { return (2 * key_dim + 3 * value_dim + kLanes - 1) / kLanes * kLanes; }
 
     bool is_recurrent() const override { return true; }
     int64_t scratch_bytes(int64_t rows, int threads) const override;
     void run(const MixerStep& step, Scratch& scratch) const override;
+
+  private:
+    void project(const MixerStep& step, char* mixed, char* gates, char* betas, char* alphas, Scratch& scratch) const;
+    void convolve(const MixerStep& step, char* mixed) const;
+    void update(const MixerStep& step, int64_t sequence, int64_t head, const char* mixed, const char* gates,
+                const char* betas, const char* alphas, char* out, float* floats) const;
 };
 
 // The most bytes that any mixer's `run` and what surrounds it take of the caller's scratch. widest: the most rows or

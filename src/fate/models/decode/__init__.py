@@ -72,7 +72,9 @@ class NativeModel:
     def refresh(self) -> None:
         """Build the native calls from the modules' weights and settings as they are now."""
         for module in self._modules:
-            module.__dict__["fate_native"] = None
+            for part in module.modules():
+                if "fate_native" in part.__dict__:
+                    part.__dict__["fate_native"] = None
         if self._buffers is not None:
             for experts in self._experts:
                 experts.__dict__["fate_layer"].build(None, self._buffers)

@@ -11,12 +11,36 @@ from transformers.cache_utils import LinearAttentionLayer
 from fate.kernels import decode
 from fate.kernels.mixers import DeltaShape
 from fate.models.decode.forms import DELTA_HELPERS, DELTA_RULES, GATED_NORM, digest, form
-from fate.models.decode.modules import is_packed, packed_matrix
-from fate.models.decode.watch import is_unhooked, own_class
+from fate.models.decode.modules import is_packed, is_plain, packed_matrix
+from fate.models.decode.watch import Watched, is_unhooked, own_class
+from fate.models.kv_cache import is_growing
 
+_HARMLESS = frozenset(("position_ids", "position_embeddings", "use_cache", "output_router_logits"))
 _SEPARATE = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 _JOINED = ("in_proj_qkvz", "in_proj_ba")
 _ATTRIBUTES = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "conv_kernel_size", "layer_idx")
+
+
+class NativeDeltaRule(Watched):
+    """Mixin of a delta rule's module: prompts and single tokens, over a cache or none, in one native call."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__
+        native: decode.DeltaRule | None = state.get("fate_native")
+        given = dict(zip(("hidden_states", "cache_params", "attention_mask"), args)) | kwargs
+        x, cache = given.pop("hidden_states", None), given.pop("cache_params", None)
+        if native is None or not is_plain(x) or x.dtype is not native.dtype or x.dim() != 3 or self.training:
+            return super().forward(*args, **kwargs)
+        if any(value is not None and value is not False and name not in _HARMLESS for name, value in given.items()):
+            return super().forward(*args, **kwargs)
+        rows = x.shape[0]
+        if cache is None:
+            held = new_states(native, rows)
+            return native(x, rows_of(*held))
+        if not is_growing(cache) or not _begin(cache, state["layer_idx"], native, rows):
+            return super().forward(*args, **kwargs)
+        found = place(cache, state["layer_idx"], rows, native.dtype)
+        return super().forward(*args, **kwargs) if found is None else native(x, found)
 
 
 def is_ours(mixer: Any) -> bool:
@@ -75,9 +99,38 @@ def place(cache: Any, index: int, rows: int, dtype: torch.dtype) -> decode.State
         return None
     if conv.shape[0] != rows or state.shape[0] != rows or not (conv.is_contiguous() and state.is_contiguous()):
         return None
+    return rows_of(conv, state)
+
+
+def rows_of(conv: Tensor, state: Tensor) -> decode.StateRows:
+    """The places of sequences whose states lie in these tensors, one after the other."""
+    rows = conv.shape[0]
     conv_bytes, state_bytes = conv.nbytes // rows, state.nbytes // rows
     at, state_at = conv.data_ptr(), state.data_ptr()
     return decode.StateRows([(at + row * conv_bytes, state_at + row * state_bytes) for row in range(rows)])
+
+
+def new_states(native: decode.DeltaRule, rows: int) -> tuple[Tensor, Tensor]:
+    """Those of sequences that have seen nothing."""
+    key_heads, value_heads, key_dim, value_dim, kernel = native.shape
+    channels = 2 * key_heads * key_dim + value_heads * value_dim
+    with torch.inference_mode(False):  # so that a later call outside inference mode may write to them
+        conv = torch.zeros(rows, channels, kernel, dtype=native.dtype)
+        return conv, torch.zeros(rows, value_heads, key_dim, value_dim, dtype=torch.float32)
+
+
+def _begin(cache: Any, index: int, native: decode.DeltaRule, rows: int) -> bool:
+    """Give the layer of a new cache its states; False where it is of another kind."""
+    if index >= len(cache.layers) or type(layer := cache.layers[index]) is not LinearAttentionLayer:
+        return False
+    if layer.record_past or layer.has_previous_state[0]:
+        return not layer.record_past
+    if layer.is_conv_states_initialized[0] or layer.is_recurrent_states_initialized[0]:
+        return False
+    conv, state = new_states(native, rows)
+    layer.lazy_initialization(conv_states=conv, recurrent_states=state)
+    layer.has_previous_state[0] = True
+    return True
 
 
 def _children(mixer: Any) -> dict[str, Any]:

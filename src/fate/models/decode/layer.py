@@ -134,6 +134,8 @@ def adopt_layers(model: nn.Module, watch: Watch) -> None:
         if not all(isinstance(children[name], NativeRMSNorm) for name in _NORMS):
             continue
         become(module, NativeDecoderLayer, watch)
+        if delta.is_ours(mixer):
+            become(mixer, delta.NativeDeltaRule, watch)
         for child in mixer.modules():
             if not isinstance(child, Watched):
                 become(child, Watched, watch)
@@ -158,6 +160,8 @@ def mixer_half(module: Any, block: BlockSpec | None, dtype: torch.dtype) -> deco
     text = digest(own_class(mixer).forward)
     kind = attention if text in ATTENTIONS else latent if text in LATENT_ATTENTIONS else delta
     built: decode.Mixer | None = kind.build(mixer, dtype)
+    if isinstance(mixer, delta.NativeDeltaRule):
+        mixer.__dict__["fate_native"] = built
     if built is None or built.hidden != before.weight.shape[0]:
         return None
     return decode.MixerHalf(before, built, after, None if block is None else block.router)

@@ -9,6 +9,7 @@ import typer
 
 from fate.cli.output import byte_progress, directory_bytes, err
 from fate.errors import UsageError
+from fate.tools.synth.shapes import MODELS
 from fate.units import format_bytes
 
 
@@ -17,15 +18,16 @@ def register(app: typer.Typer) -> None:
 
 
 def synth(
-    name: Annotated[str, typer.Argument(help="qwen1.5-moe-a2.7b or deepseek-moe-16b.")],
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(MODELS)}.")],
     output: Annotated[Path, typer.Argument(metavar="OUT")],
     routing: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="real: experts recur and the next gate foresees them about as in trained models. "
-            "uniform: every token has experts of its own, the hard case for a cache."
+            "uniform: every token has experts of its own, the hard case for a cache. "
+            "[default: real, where NAME has it]"
         ),
-    ] = "real",
+    ] = None,
     checkpoint: Annotated[
         bool, typer.Option("--checkpoint", help="Write a bfloat16 checkpoint as the hub has them, to convert.")
     ] = False,

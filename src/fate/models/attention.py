@@ -76,7 +76,9 @@ def mask_unless_all(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """sdpa's mask, but None where one new token sees all positions there are, as it does of a sliding window's cache.
     transformers' contract of a mask function."""
     mask = sdpa_mask(*args, **kwargs)
-    return None if mask is not None and mask.shape[-2] == 1 and bool(mask.all()) else mask
+    if mask is None or mask.shape[-2] != 1 or not kwargs.get("allow_is_causal_skip", True):
+        return mask  # a model that reads its masks says so
+    return None if bool(mask.all()) else mask
 
 
 def adopt(model: PreTrainedModel) -> None:

@@ -30,6 +30,7 @@ from fate.fileio import drop_cache
 from fate.models.adapter import build_meta_model
 from fate.store.tensorfile import TensorEntry, TensorFileLayout
 from fate.tools.synth.routing import ROUTINGS, STD, UniformRouting
+from fate.tools.synth.shapes import default_routing
 from fate.tools.synth.store import Noise, pair_tokenizer, synth_config
 from fate.units import MIB, format_bytes
 
@@ -43,17 +44,17 @@ def synth_checkpoint(
     seed: int = 0,
     num_layers: int | None = None,
     progress: Progress | None = None,
-    routing: str = "real",
+    routing: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a bfloat16 checkpoint of random weights of the shapes of `name` (one of MODELS) at `out`; returns `out`.
 
-    num_layers: the model's own unless given. routing: "real" or "uniform", see `routing.py`. Memory stays under a
+    num_layers: the model's own unless given. routing: see `synth`. Memory stays under a
     few hundred MiB; what was written is removed where it cannot be finished.
     Raises UnknownNameError, UsageError, OutputExistsError or DiskFullError.
     """
     config = synth_config(name, num_layers)
-    shape = ROUTINGS.get(routing)(config)
+    shape = ROUTINGS.get(default_routing(name, routing))(config)
     model = build_meta_model(config)
     shards = _shards(_hub_tensors(model), shard_bytes)
     noise, done, item = Noise(seed), 0, 0

@@ -5,10 +5,6 @@ nothing is quantized. `routing.py` says which deviations and vectors, and with t
 trained models do (`real`) or nearly uniformly over experts (`uniform`). Random weights all of one size would route
 neither way: hidden states of all tokens collapse into one direction and with them the routing.
 
-`deepseek-moe-16b` is expressed as Glm4Moe, the transformers class with DeepSeekMoE-16B's parts (multi-head attention,
-a dense first layer, ungated shared experts, unnormalised top-k weights): all matrix shapes are the original's, but
-the router's scores are sigmoids where DeepSeekMoE-16B has a softmax, and queries, keys and values have biases.
-
 >>> synth("qwen1.5-moe-a2.7b", Path("synthetic-qwen"), num_layers=2)
 PosixPath('synthetic-qwen')
 """
@@ -21,7 +17,6 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -38,6 +33,7 @@ from fate.store.plan import StorePlan, plan_store
 from fate.store.tensorfile import TensorEntry
 from fate.store.writer import StoreWriter
 from fate.tools.synth.routing import ROUTINGS, STD, UniformRouting
+from fate.tools.synth.shapes import COMMON, MODELS, default_routing
 
 _GAIN = 2.0**-13  # keeps stored scales in the middle of float16's range
 _INT2_SLOPE = 1.0625  # <w, w> / <w, w_int2> of uniform codes: 21.25 / 20
@@ -45,44 +41,6 @@ POOL_BYTES = 64 * 1024**2
 _STRIDE = 4096 * 1001 + 64  # no two of a model's items begin at the same place of the pool
 _BLOCK_ITEMS = 4099  # more than a model has, so that the blocks of one tensor begin apart too
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
-_COMMON = {"dtype": "bfloat16", "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-_QWEN = {
-    "model_type": "qwen2_moe",
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_experts": 60,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 1408,
-    "shared_expert_intermediate_size": 5632,
-    "intermediate_size": 5632,
-    "vocab_size": 151936,
-    "norm_topk_prob": False,
-    "max_position_embeddings": 8192,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-}
-_DEEPSEEK = {
-    "model_type": "glm4_moe",
-    "hidden_size": 2048,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "head_dim": 128,
-    "partial_rotary_factor": 1.0,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1408,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "intermediate_size": 10944,
-    "vocab_size": 102400,
-    "norm_topk_prob": False,
-    "num_mtp_layers": 0,
-    "attention_bias": True,
-    "max_position_embeddings": 4096,
-}
-MODELS: dict[str, dict[str, Any]] = {"qwen1.5-moe-a2.7b": _QWEN, "deepseek-moe-16b": _DEEPSEEK}
 
 
 def synth(
@@ -92,17 +50,18 @@ def synth(
     dense_bits: int = 4,
     num_layers: int | None = None,
     progress: Progress | None = None,
-    routing: str = "real",
+    routing: str | None = None,
 ) -> Path:
     """Write a store of random weights of the shapes of `name` (one of MODELS) at `out`, and return `out`.
 
-    Experts are INT4; dense_bits is 4, 8 or 16. num_layers: the model's own unless given. routing: "real" or "uniform",
-    see `routing.py`. Memory stays under a few hundred MiB.
+    Experts are INT4; dense_bits is 4, 8 or 16. num_layers: the model's own unless given. routing: "real", the default
+    where the model has it, or "uniform", see `routing.py`. Memory stays under a few hundred MiB.
     Raises UnknownNameError, UsageError, OutputExistsError or DiskFullError.
     """
     config = synth_config(name, num_layers)
     if dense_bits not in DENSE_BITS:
         raise UsageError(f"dense_bits={dense_bits}: choose from {DENSE_BITS}")
+    routing = default_routing(name, routing)
     shape = ROUTINGS.get(routing)(config)
     plan = _plan(config, seed, dense_bits, routing)
     noise = Noise(seed)
@@ -120,7 +79,7 @@ def synth_config(name: str, num_layers: int | None = None) -> PreTrainedConfig:
     if name not in MODELS:
         raise UnknownNameError("synthetic model", name, MODELS)
     fewer = {"num_hidden_layers": num_layers} if num_layers else {}
-    return AutoConfig.for_model(**{**_COMMON, **MODELS[name], **fewer})
+    return AutoConfig.for_model(**{**COMMON, **MODELS[name], **fewer})
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fate.kernels import decode, native
 from fate.models.adapter import MoELayer
+from fate.models.decode import delta
 from fate.models.decode.block import NativeBlock, SparseBlock, adopt_blocks, block_spec
 from fate.models.decode.layer import NativeDecoderLayer, NativeLayer, adopt_layers, mixer_half
 from fate.models.decode.modules import adopt
@@ -31,13 +32,16 @@ class NativeModel:
         self._step = step
         self._buffers: decode.Buffers | None = None
         self._modules: list[nn.Module] = []
+        self._rules: list[nn.Module] = []
         self._experts: list[nn.Module] = []
         self._configs: list[tuple[Any, Any]] = []
         if native.extension() is None:
             return
         adopt(model, self._watch)
         adopt_blocks(model, self._watch)
+        delta.adopt(model, self._watch)
         adopt_layers(model, self._watch)
+        self._rules = [m for m in model.modules() if isinstance(m, delta.NativeDeltaRule)]
         self._modules = [m for m in model.modules() if isinstance(m, (NativeDecoderLayer, SparseBlock))]
         self._experts = [layer.experts for layer in layers]
         experts = max(layer.num_experts for layer in layers)
@@ -71,16 +75,16 @@ class NativeModel:
 
     def refresh(self) -> None:
         """Build the native calls from the modules' weights and settings as they are now."""
-        for module in self._modules:
-            for part in module.modules():
-                if "fate_native" in part.__dict__:
-                    part.__dict__["fate_native"] = None
+        for module in (*self._modules, *self._rules):
+            module.__dict__["fate_native"] = None
         if self._buffers is not None:
+            for rule in self._rules:
+                rule.__dict__["fate_native"] = delta.build(rule, self._buffers.dtype)
             for experts in self._experts:
                 experts.__dict__["fate_layer"].build(None, self._buffers)
             for module in self._modules:
                 module.__dict__["fate_native"] = self._built(module)
-        parts = [part for module in self._modules for part in module.modules()]
+        parts = [part for module in (*self._modules, *self._rules) for part in module.modules()]
         configs = {id(c): c for part in parts if (c := part.__dict__.get("config")) is not None}
         self._configs = [(config, _implementations(config)) for config in configs.values()]
         self._watch.restart(_tensors(parts), parts)

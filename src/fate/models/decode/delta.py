@@ -12,7 +12,7 @@ from fate.kernels import decode
 from fate.kernels.mixers import DeltaShape
 from fate.models.decode.forms import DELTA_HELPERS, DELTA_RULES, GATED_NORM, digest, form
 from fate.models.decode.modules import is_packed, is_plain, packed_matrix
-from fate.models.decode.watch import Watched, is_unhooked, own_class
+from fate.models.decode.watch import Watch, Watched, become, is_unhooked, own_class
 from fate.models.kv_cache import is_growing
 
 _HARMLESS = frozenset(("position_ids", "position_embeddings", "use_cache", "output_router_logits"))
@@ -150,3 +150,13 @@ def _input(module: nn.Module, dtype: torch.dtype) -> decode.PackedMatrix | Tenso
     if weight is None or not plain or weight.requires_grad or module._parameters.get("bias") is not None:
         return None
     return weight.detach() if weight.dtype == dtype and weight.is_contiguous() else None
+
+
+def adopt(model: nn.Module, watch: Watch) -> None:
+    """Make the delta rules of `model` that are of a known form ours."""
+    for module in model.modules():
+        if not isinstance(module, Watched) and is_ours(module):
+            become(module, NativeDeltaRule, watch)
+            for child in module.modules():
+                if not isinstance(child, Watched):
+                    become(child, Watched, watch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fate.kernels import decode
 from fate.models.decode import attention, delta, latent
 from fate.models.decode.block import BlockSpec
-from fate.models.decode.forms import ATTENTIONS, LATENT_ATTENTIONS, LAYERS, digest
+from fate.models.decode.forms import ATTENTIONS, LAYERS, digest
 from fate.models.decode.modules import NativeRMSNorm, norm_of
 from fate.models.decode.watch import Watch, Watched, become, is_unhooked, own_class, records_outputs
 from fate.models.kv_cache import is_growing, planned
@@ -129,13 +129,11 @@ def adopt_layers(model: nn.Module, watch: Watch) -> None:
         if len(names) != 1 or set(children) != {*_NORMS, "mlp", *names}:
             continue
         mixer = mixer_of(module)
-        if not any(kind.is_ours(mixer) for kind in (attention, latent, delta)):
+        if not isinstance(mixer, delta.NativeDeltaRule) and not any(k.is_ours(mixer) for k in (attention, latent)):
             continue
         if not all(isinstance(children[name], NativeRMSNorm) for name in _NORMS):
             continue
         become(module, NativeDecoderLayer, watch)
-        if delta.is_ours(mixer):
-            become(mixer, delta.NativeDeltaRule, watch)
         for child in mixer.modules():
             if not isinstance(child, Watched):
                 become(child, Watched, watch)
@@ -157,11 +155,11 @@ def mixer_half(module: Any, block: BlockSpec | None, dtype: torch.dtype) -> deco
     if not all(is_unhooked(module._modules[name]) for name in _NORMS):
         return None
     mixer = mixer_of(module)
-    text = digest(own_class(mixer).forward)
-    kind = attention if text in ATTENTIONS else latent if text in LATENT_ATTENTIONS else delta
-    built: decode.Mixer | None = kind.build(mixer, dtype)
     if isinstance(mixer, delta.NativeDeltaRule):
-        mixer.__dict__["fate_native"] = built
+        built: decode.Mixer | None = mixer.__dict__["fate_native"]
+    else:
+        kind = attention if digest(own_class(mixer).forward) in ATTENTIONS else latent
+        built = kind.build(mixer, dtype)
     if built is None or built.hidden != before.weight.shape[0]:
         return None
     return decode.MixerHalf(before, built, after, None if block is None else block.router)

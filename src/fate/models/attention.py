@@ -8,10 +8,13 @@ leaves alone models whose code asks for sdpa by name.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import re
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -21,9 +24,10 @@ from transformers.masking_utils import sdpa_mask
 
 from fate import kernels
 from fate.kernels import threads
-from fate.models.decode.forms import ATTENTION_FUNCTION, ATTENTIONS, digest
+from fate.models.forms import ATTENTION_FUNCTION, ATTENTIONS, digest
 
 _ASKS_BY_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)")
+_CALLS_BY_NAME = re.compile(r"get_interface\(\s*self\.config\._attn_implementation")
 _BEYOND = ("position_bias", "cache", "softcap")  # what only other implementations know, or sdpa alone
 
 
@@ -39,6 +43,8 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """query [batch, heads, tokens, dim], key and value [batch, kv heads, positions, dim] -> [batch, tokens, heads,
     dim]. transformers' contract of an attention function."""
+    if query.shape[2] == 1 and attention_mask is not None and hides_nothing(attention_mask):
+        attention_mask = None
     one_token = query.shape[2] == 1 and attention_mask is None and not dropout
     scale, sinks = query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("s_aux")
     if one_token and kernels.can_attend(query, key, value) and all(kwargs.get(name) is None for name in _BEYOND):
@@ -78,23 +84,48 @@ def mask_unless_all(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     mask = sdpa_mask(*args, **kwargs)
     if mask is None or mask.shape[-2] != 1 or not kwargs.get("allow_is_causal_skip", True):
         return mask  # a model that reads its masks says so
-    return None if bool(mask.all()) else mask
+    return None if hides_nothing(mask) else mask
+
+
+def hides_nothing(mask: torch.Tensor) -> bool:
+    """Whether a mask of transformers lets every position be seen."""
+    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
 
 
 def adopt(model: PreTrainedModel) -> None:
-    """Use `attention_forward` in `model` where it would have used sdpa, or has sinks, which sdpa does not know."""
-    config = model.config
-    if config.sub_configs or not model._can_set_attn_implementation():
-        return
+    """Use `attention_forward` where the model would have used sdpa, or has sinks, which sdpa does not know.
+
+    Where code of the model asks for an implementation by name, or other parts have configurations of their own, only
+    attention modules that do not ask are given a configuration that names ours."""
+    config, asks = model.config, True
     with_sinks = not model._supports_sdpa and any(is_with_sinks(module) for module in model.modules())
-    if config._attn_implementation != ("eager" if with_sinks else "sdpa"):
+    if not model._can_set_attn_implementation():
         return
+    instead_of = "eager" if with_sinks else "sdpa"
+    with suppress(OSError, TypeError, KeyError):  # then what its code asks for is not known
+        asks = _ASKS_BY_NAME.search(inspect.getsource(sys.modules[type(model).__module__])) is not None
+    if not asks and not config.sub_configs:
+        if config._attn_implementation == instead_of:
+            model.set_attn_implementation(ATTENTION_FUNCTION)
+        return
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        own = module.__dict__.get("config")
+        if getattr(own, "_attn_implementation", None) == instead_of and _takes_any_function(type(module).forward):
+            if id(own) not in copies:
+                copies[id(own)] = copy.copy(own)
+                object.__setattr__(copies[id(own)], "_attn_implementation_internal", ATTENTION_FUNCTION)
+            module.config = copies[id(own)]
+
+
+@functools.cache
+def _takes_any_function(forward: Callable[..., Any]) -> bool:
+    """Whether it calls the attention function that the module's configuration names, and does not care which it is."""
     try:
-        source = inspect.getsource(sys.modules[type(model).__module__])
-    except (OSError, TypeError, KeyError):
-        return  # what its code asks for is not known
-    if not _ASKS_BY_NAME.search(source):
-        model.set_attn_implementation(ATTENTION_FUNCTION)
+        source = inspect.getsource(inspect.unwrap(forward))
+    except (OSError, TypeError):
+        return False
+    return _CALLS_BY_NAME.search(source) is not None and _ASKS_BY_NAME.search(source) is None
 
 
 def is_with_sinks(module: torch.nn.Module) -> bool:

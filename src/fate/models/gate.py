@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from fate.kernels import decode, native
-from fate.models.decode.forms import RANKED_BY_MATRIX, digest
 from fate.models.decode.watch import own_class
+from fate.models.forms import RANKED_BY_MATRIX, digest
 from fate.predict.base import Ranked
 
 logger = logging.getLogger("fate.predict")

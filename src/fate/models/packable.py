@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fate.models.adapter import MoELayer
+from fate.models.forms import SCALED_EMBEDDINGS, digest
 
 MIN_WEIGHTS = 4096
 MIN_ROWS = 8
@@ -24,8 +25,8 @@ def packable(model: PreTrainedModel, moe_layers: list[MoELayer]) -> dict[str, Ki
     """Module name -> kind of the modules whose `weight` is packed, in model order.
 
     Left alone: routers, experts modules and everything inside them, subclasses (they may read `weight` in ways of
-    their own), what the model keeps in float32, and small matrices. Of tied modules only the source is named, and
-    only where every module tied to it could be packed as well.
+    their own; embeddings with a scale are known), what the model keeps in float32, and small matrices. Of tied modules
+    only the source is named, and only where every module tied to it could be packed as well.
     """
     excluded = {id(inner) for layer in moe_layers for outer in _kept_dense(layer) for inner in outer.modules()}
     keep_fp32 = _fp32_pattern(model)
@@ -49,7 +50,8 @@ def _kept_dense(layer: MoELayer) -> list[nn.Module]:
 
 
 def _kind(module: nn.Module) -> Kind | None:
-    if not isinstance(module, nn.Linear | nn.Embedding) or type(module) not in (nn.Linear, nn.Embedding):
+    plain = type(module) in (nn.Linear, nn.Embedding) or digest(type(module).forward) in SCALED_EMBEDDINGS
+    if not isinstance(module, nn.Linear | nn.Embedding) or not plain:
         return None
     rows, cols = module.weight.shape
     if rows < MIN_ROWS or rows * cols < MIN_WEIGHTS:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fate.kernels import decode
-from fate.models.decode.forms import ATTENTION_FUNCTION, ATTENTIONS, ROTATIONS, digest
 from fate.models.decode.modules import NativeRMSNorm, is_packed, norm_of, packed_matrix
 from fate.models.decode.watch import is_unhooked, own_class
+from fate.models.forms import ATTENTION_FUNCTION, ATTENTIONS, ROTATIONS, digest
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fate.kernels import decode
-from fate.models.decode.forms import BLOCKS, digest
 from fate.models.decode.modules import (
     GATED,
     NativeGate,
@@ -25,6 +24,7 @@ from fate.models.decode.modules import (
     router_of,
 )
 from fate.models.decode.watch import Watch, Watched, become, is_unhooked, own_class, records_outputs
+from fate.models.forms import BLOCKS, digest
 
 
 class ExpertLayer(Protocol):

@@ -10,9 +10,9 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from fate.kernels import decode
 from fate.kernels.mixers import DeltaShape
-from fate.models.decode.forms import DELTA_HELPERS, DELTA_RULES, GATED_NORM, digest, form
 from fate.models.decode.modules import is_packed, is_plain, packed_matrix
 from fate.models.decode.watch import Watch, Watched, become, is_unhooked, own_class
+from fate.models.forms import DELTA_HELPERS, DELTA_RULES, GATED_NORM, digest, form
 from fate.models.kv_cache import is_growing
 
 _HARMLESS = frozenset(("position_ids", "position_embeddings", "use_cache", "output_router_logits"))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fate import kernels
 from fate.kernels import decode
-from fate.models.decode.forms import ATTENTION_FUNCTION, EXPAND_KV, LATENT_ATTENTIONS, LatentForm, digest
 from fate.models.decode.modules import NativeRMSNorm, is_packed, norm_of, packed_matrix
 from fate.models.decode.watch import is_unhooked, own_class
+from fate.models.forms import ATTENTION_FUNCTION, EXPAND_KV, LATENT_ATTENTIONS, LatentForm, digest
 
 _ALWAYS = {"kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"}
 _DIRECT, _THROUGH = {"q_proj"}, {"q_a_proj", "q_a_layernorm", "q_b_proj"}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fate.kernels import decode
 from fate.models.decode import attention, delta, latent
 from fate.models.decode.block import BlockSpec
-from fate.models.decode.forms import ATTENTIONS, LAYERS, digest
 from fate.models.decode.modules import NativeRMSNorm, norm_of
 from fate.models.decode.watch import Watch, Watched, become, is_unhooked, own_class, records_outputs
+from fate.models.forms import ATTENTIONS, LAYERS, digest
 from fate.models.kv_cache import is_growing, planned
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fate.kernels import decode, native
 from fate.models.adapter import is_silu
-from fate.models.decode.forms import GATED_MLPS, RMS_NORMS, ROUTERS, digest
 from fate.models.decode.watch import Watch, Watched, become, is_unhooked, own_class
+from fate.models.forms import GATED_MLPS, RMS_NORMS, ROUTERS, digest
 from fate.models.packed import PackedLinear
 
+MOST_ROWS = 1024  # of a matrix that is not packed and yet multiplied natively
 GATED = ("gate_proj", "up_proj", "down_proj")
 _OF_GROUPS = ("n_group", "num_group", "topk_group")  # experts chosen within groups
 
@@ -153,13 +154,16 @@ def is_gated_silu(module: nn.Module) -> bool:
 
 
 class NativeGate(Watched):
-    """A matrix of one row: the gate of a shared expert."""
+    """A matrix of few rows that is not packed: the gate of a shared expert, a router's. torch's own product of one
+    bfloat16 token takes ten times as long as reading the matrix, on some processors a hundred times."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weight = self._parameters["weight"]
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
         if len(args) == 1 and not kwargs and is_plain(args[0]) and weight is not None:
             x: Tensor = args[0]
-            if weight.dtype == x.dtype and weight.shape[1] == x.shape[-1] and not weight.requires_grad:
+            fits = weight.dtype == x.dtype and weight.shape[1] == x.shape[-1] and weight.is_contiguous()
+            few = weight.shape[0] == 1 or x.numel() <= decode.MAX_ROWS * x.shape[-1]
+            if fits and few and bias is None and not weight.requires_grad:
                 return decode.multiply_few_rows(x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
         return super().forward(*args, **kwargs)
 
@@ -174,6 +178,8 @@ def adopt(model: nn.Module, watch: Watch) -> None:
             become(module, NativeRMSNorm, watch)
         elif text in ROUTERS and "weight" in module._parameters:
             become(module, NativeRouter, watch)
+        elif type(module) is nn.Linear and module.bias is None and module.weight.shape[0] <= MOST_ROWS:
+            become(module, NativeGate, watch)
         elif text in GATED_MLPS and all(is_packed(module._modules.get(name)) for name in GATED):
             become(module, NativeMLP, watch)
 

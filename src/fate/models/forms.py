@@ -67,6 +67,12 @@ RMS_NORMS = {
     "2dad5f576075": NormForm(False, plus_one=True, helper="6dc7d2ba16b4"),  # Qwen3-Next, Qwen3.5-MoE
 }
 
+# Embeddings times a number of their own -> the attribute that holds it.
+SCALED_EMBEDDINGS = {
+    "e918e504bff2": "scalar_embed_scale",  # Gemma's
+    "e665096676b4": "embed_scale",  # NLLB's
+}
+
 # down_proj(act_fn(gate_proj(x)) * up_proj(x))
 GATED_MLPS = {"7d2027d4464e"}
 

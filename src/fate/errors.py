@@ -21,6 +21,15 @@ class UsageError(FateError):
     exit_code = 2
 
 
+class CannotFitError(FateError):
+    """No budget that was asked about holds the model."""
+
+    exit_code = 3
+
+    def __init__(self, smallest: str) -> None:
+        super().__init__(f"none of these budgets holds the model: the smallest that does is --memory {smallest}")
+
+
 class UnknownNameError(UsageError):
     def __init__(self, kind: str, name: str, allowed: Iterable[str]) -> None:
         super().__init__(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(allowed))}")

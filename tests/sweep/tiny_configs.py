@@ -92,7 +92,7 @@ _ENCODER_DECODER = {
 _DENSE_FIRST = ["dense", *["sparse"] * (LAYERS - 1)]
 _LINEAR_FIRST = ["linear_attention", "full_attention"] * (LAYERS // 2)
 # What the rules cannot know, by model type.
-_FAMILIES: dict[str, dict[str, Any]] = {
+OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
     "beam": {"mlp_layer_types": _DENSE_FIRST},
     "dbrx": {
@@ -210,7 +210,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny_config(family: Family, **overrides: Any) -> PreTrainedConfig:
     """The family's configuration with four layers, eight experts (two a token) and a width of 64, in float32."""
-    config = family.config(**_settings(family.config, {**_FAMILIES.get(family.model_type, {}), **overrides}))
+    config = family.config(**_settings(family.config, {**OWN.get(family.model_type, {}), **overrides}))
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
             part.dtype = "float32"
@@ -229,7 +229,7 @@ def _settings(cls: type[PreTrainedConfig], own: dict[str, Any]) -> dict[str, Any
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     for name, part in cls.sub_configs.items():
         if isinstance(part, type) and issubclass(part, PreTrainedConfig) and part is not PreTrainedConfig:
-            settings[name] = _settings(part, {**_FAMILIES.get(part.model_type, {}), **own.get(name, {})})
+            settings[name] = _settings(part, {**OWN.get(part.model_type, {}), **own.get(name, {})})
     return {
         **settings,
         **{name: value for name, value in own.items() if name not in settings or name not in cls.sub_configs},

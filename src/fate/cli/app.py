@@ -17,7 +17,7 @@ import typer
 from fate.cli.output import print_error
 from fate.errors import FateError
 
-COMMANDS = ("run", "chat", "convert", "inspect", "eval", "bench", "profile", "doctor", "synth")
+COMMANDS = ("run", "chat", "plan", "convert", "inspect", "eval", "bench", "profile", "doctor", "synth")
 _FIXES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",

@@ -30,6 +30,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
+_HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 _DO_NOT_DOWNLOAD = ["consolidated*", "original/*", "onnx/*", "metal/*"]
 
 
@@ -183,15 +184,26 @@ def resolve_source(model: str | Path) -> Path:
     name, path = str(model), Path(model).expanduser()
     if name and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
         return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if path.exists() or not re.fullmatch(_HUB_ID, name):
         raise ModelNotFoundError(
             f"{name!r} is not a directory: give a checkpoint directory or a hub id such as org/name"
         )
+    return _downloaded(name, _DOWNLOAD)
+
+
+def resolve_outline(model: str | Path) -> Path:
+    """A directory with `model`'s configuration and index: itself, or of the hub's only these, without any weight."""
+    if Path(model).expanduser().is_dir() or not re.fullmatch(_HUB_ID, str(model)):
+        return resolve_source(model)
+    return _downloaded(str(model), ["config.json", INDEX_FILE, "*.py"])
+
+
+def _downloaded(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_DOWNLOAD, ignore_patterns=_DO_NOT_DOWNLOAD))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=_DO_NOT_DOWNLOAD))
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"{name!r} is gated: accept its terms on the hub and log in with hf auth login"

@@ -67,7 +67,7 @@ def inspect_model(
     if not stored:
         specs = tuple(LayerSpec(layer.name, layer.num_experts, layer.matrices) for layer in layers)
         header = StoreHeader("int4", "", config.model_type, specs)
-        dense = _packed_dense_bytes(model, layers, dense_bits)
+        dense = packed_dense_bytes(model, layers, dense_bits)
     envelope = planning.resolve_envelope(model, max_context, 1, DEFAULT_PREFILL_CHUNK, None)
     needs = planning.measure_needs(model, header, dense, envelope)
     top_k = planning.top_k(model)
@@ -91,7 +91,7 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
     return build_meta_model(config, trust_remote_code)
 
 
-def _packed_dense_bytes(model: PreTrainedModel, layers: list[MoELayer], dense_bits: int) -> int:
+def packed_dense_bytes(model: PreTrainedModel, layers: list[MoELayer], dense_bits: int) -> int:
     packed = packable(model, layers) if dense_bits < 16 else {}
     experts = {f"{layer.name}.{m.name}" for layer in layers for m in layer.matrices}
     total = 0

@@ -17,6 +17,8 @@ void rank(Random& random, const std::string& planted);
 void copy(Random& random, const std::string& planted);
 void layer(Random& random, const std::string& planted);
 void gated(Random& random, const std::string& planted);
+void latent(Random& random, const std::string& planted);
+void delta(Random& random, const std::string& planted);
 void decode(Random& random, const std::string& planted);
 
 }  // namespace fuzz

@@ -20,7 +20,8 @@ struct Kind {
 const Kind kKinds[] = {{"linear", fuzz::linear, 5},     {"experts", fuzz::experts, 6}, {"gather", fuzz::gather, 2},
                        {"reduce", fuzz::reduce, 2},     {"attend", fuzz::attend, 2},   {"quantize", fuzz::quantize, 1},
                        {"rank", fuzz::rank, 1},         {"copy", fuzz::copy, 1},       {"layer", fuzz::layer, 2},
-                       {"gated", fuzz::gated, 1},       {"decode", fuzz::decode, 3}};
+                       {"gated", fuzz::gated, 1},       {"decode", fuzz::decode, 3},   {"latent", fuzz::latent, 2},
+                       {"delta", fuzz::delta, 2}};
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> found;

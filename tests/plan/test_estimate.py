@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from fate.plan.estimate import HITS, IMPORTS_S, KERNEL_SHARE, OVERLAP_LOSS, SHARES, WASTED, Machine, Work, estimate, hit_rates
+from fate.plan.estimate import (
+    HITS,
+    IMPORTS_S,
+    KERNEL_SHARE,
+    OVERLAP_LOSS,
+    SHARES,
+    WASTED,
+    Machine,
+    Work,
+    estimate,
+    hit_rates,
+)
 
 WORK = Work("olmoe", 400_000_000, 5_000_000, 8_000_000, 700_000_000, top_k=4, layers=24, num_experts=60)
 MACHINE = Machine(kernel_gb_per_s=30.0, prefill_gmacs=300.0, disk_gb_per_s=2.0)

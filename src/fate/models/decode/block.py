@@ -146,7 +146,7 @@ def adopt_blocks(model: nn.Module, watch: Watch) -> None:
         if name == "shared_expert":
             wanted.add("shared_expert_gate")
             gate: Any = module._modules["shared_expert_gate"]
-            if type(gate) is not nn.Linear or gate.bias is not None or gate.out_features != 1:
+            if own_class(gate) is not nn.Linear or gate.bias is not None or gate.out_features != 1:
                 continue
         if children != wanted or any(True for _ in (*module._parameters, *module._buffers)):
             continue

@@ -65,4 +65,31 @@ AnyBlock::AnyBlock(Random& random, int hidden, DType dtype, int threads, const E
              slots.as<int64_t>(), known, random.chance(0.7) ? &shared : nullptr, out.as(), threads};
 }
 
+bool AnyBlock::expected(const void* x, const Exact& out) const {
+    const Block& b = block;
+    const int64_t item = fate::item_bytes(b.dtype);
+    const int top_k = b.router.top_k, hidden = b.router.hidden;
+    const Exact logits(b.router.experts * item), scores(top_k * fate::item_bytes(b.router.score_dtype));
+    const Exact indices(top_k * 8), rows(static_cast<int64_t>(top_k) * hidden * 4);
+    fate::route(b.router, x, b.dtype, 1, {logits.as(), scores.as(), indices.as<int64_t>()}, 1);
+    std::vector<int32_t> pairs;
+    std::vector<fate::ExpertWork> work;
+    for (int rank = 0; rank < top_k; ++rank) {
+        const int64_t expert = indices.as<int64_t>()[rank];
+        if (get(scores.as(), rank, b.router.score_dtype) == 0.0f) continue;
+        if (expert >= b.known || b.slots[expert] < 0) return false;
+        work.push_back({b.pool + b.slots[expert] * b.slot_bytes, false, static_cast<int64_t>(work.size()), 1});
+        pairs.insert(pairs.end(), {0, rank});
+    }
+    fate::experts({b.record, x, b.dtype, 1, pairs.data(), rows.as<float>(), top_k, b.threads, b.activation},
+                  work.data(), static_cast<int>(work.size()));
+    fate::reduce_rows(rows.as<float>(), scores.as(), b.router.score_dtype, 1, top_k, hidden, b.dtype, out.as(),
+                      b.threads);
+    if (b.shared == nullptr) return true;
+    const Exact given(hidden * item);
+    fate::gated_mlp(b.shared->gate, b.shared->up, b.shared->down, x, b.dtype, 1, given.as(), b.threads);
+    fate::add_gated(out.as(), given.as(), x, b.shared->share, b.dtype, 1, hidden, out.as(), b.threads);
+    return true;
+}
+
 }  // namespace fuzz

@@ -35,6 +35,8 @@ struct AnyBlock {
     // out: [hidden]. Unless all are to be in memory, some experts may be in no slot.
     AnyBlock(Random& random, int hidden, fate::DType dtype, int threads, const Exact& x, const Exact& out,
              bool all_in_memory = false);
+    // What the functions that are joined give, called one after another; false where an expert is missing.
+    bool expected(const void* x, const Exact& out) const;
 };
 
 }  // namespace fuzz

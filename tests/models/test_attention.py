@@ -1,13 +1,19 @@
 """Which attention calls the kernel takes, what is left to sdpa, and torch's threads around a step."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import fate
 from fate import kernels
+from fate.convert import convert
 from fate.kernels import native
 from fate.models.attention import ATTENTION_FUNCTION, attention_forward
+from sweep.checkpoints import save_checkpoint
+from sweep.discovery import find_composites
+from sweep.tiny_configs import tiny_config
 from tiny import tiny_store
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="needs the compiled extension")
@@ -40,3 +46,18 @@ def test_models_use_it_and_keep_torchs_threads():
         with pytest.raises(IndexError):
             model(torch.tensor([[10**6]]))
         assert torch.get_num_threads() == 2, "also after a forward that failed"
+
+
+def test_a_multimodal_models_text_attention_is_ours_until_somebody_sets_another(tmp_path: Path) -> None:
+    family = next(family for family in find_composites() if family.name == "qwen3_5_moe")
+    config = tiny_config(family)
+    store = convert(save_checkpoint(config, tmp_path / "checkpoint"), tmp_path / "store")
+    with fate.load(store, on_plan=lambda *_: None) as model, torch.inference_mode():
+        ids = torch.randint(0, 200, (1, 12), generator=torch.Generator().manual_seed(0))
+        named = {m.config._attn_implementation for n, m in model.named_modules() if n.endswith(".self_attn")}
+        assert named == {ATTENTION_FUNCTION}
+        ours = model(input_ids=ids).logits
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(model(input_ids=ids).logits, ours, rtol=1e-3, atol=1e-3)
+        named = {m.config._attn_implementation for n, m in model.named_modules() if n.endswith(".self_attn")}
+        assert named == {"eager"}

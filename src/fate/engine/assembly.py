@@ -80,6 +80,7 @@ class Assembly:
         self._runtimes: list[LayerRuntime] = []
         self.steps = Steps()
         self.native: NativeModel | None = None
+        self.copied_configs: list[attention.Copied] = []
 
     def start(self, model: PreTrainedModel, system: System, plan: MemoryPlan, link: float | None) -> None:
         """Hook the layers, allocate the slots, open the threads. A system that needs a profile of this machine and
@@ -94,7 +95,7 @@ class Assembly:
             if layer.router is not None and gate is not None:
                 layer.router.register_forward_hook(runtime.on_router, with_kwargs=True)
             self._runtimes.append(runtime)
-        attention.adopt(model)
+        self.copied_configs = attention.adopt(model)
         self.native = NativeModel(model, self._layers, self.top_k, self.steps.current)
         attach(model, Session(self, self.build(system, plan, link), link))
 

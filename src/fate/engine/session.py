@@ -18,6 +18,7 @@ from fate.engine.generation import check_envelope, generate_within_plan
 from fate.engine.step import PhaseTimes
 from fate.errors import ClosedError, ProfileMissingError, UsageError
 from fate.kernels import native, threads
+from fate.models.attention import follow
 from fate.models.kv_cache import plan_layers, planned_cache
 from fate.plan.budget import MemoryPlan, make_plan
 from fate.plan.profile import Profile
@@ -223,6 +224,7 @@ class Session:
         engine, steps, native = self.engine, self._assembly.steps, self._assembly.native
         if not past:
             engine.begin_request()
+        follow(self._assembly.copied_configs)
         if native is not None and native.changed():
             native.refresh()
         spans = tuple([Span(sequence, tokens, past, prompt) for sequence in range(batch)])

@@ -13,9 +13,9 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -92,30 +92,47 @@ def hides_nothing(mask: torch.Tensor) -> bool:
     return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
 
 
-def adopt(model: PreTrainedModel) -> None:
+class Copied(NamedTuple):
+    """A configuration, the copy of it that names our function, and what it named itself."""
+
+    config: Any
+    ours: Any
+    before: str
+
+
+def follow(copies: Sequence[Copied]) -> None:
+    """Where somebody has set another implementation since `adopt`, it counts for the copies too."""
+    for config, ours, before in copies:
+        named = object.__getattribute__(config, "__dict__").get("_attn_implementation_internal")
+        if named != before:
+            object.__setattr__(ours, "_attn_implementation_internal", named)
+
+
+def adopt(model: PreTrainedModel) -> list[Copied]:
     """Use `attention_forward` where the model would have used sdpa, or has sinks, which sdpa does not know.
 
     Where code of the model asks for an implementation by name, or other parts have configurations of their own, only
-    attention modules that do not ask are given a configuration that names ours."""
+    attention modules that do not ask are given a copy of theirs that names ours: what is returned, for `follow`."""
     config, asks = model.config, True
     with_sinks = not model._supports_sdpa and any(is_with_sinks(module) for module in model.modules())
     if not model._can_set_attn_implementation():
-        return
+        return []
     instead_of = "eager" if with_sinks else "sdpa"
     with suppress(OSError, TypeError, KeyError):  # then what its code asks for is not known
         asks = _ASKS_BY_NAME.search(inspect.getsource(sys.modules[type(model).__module__])) is not None
     if not asks and not config.sub_configs:
         if config._attn_implementation == instead_of:
             model.set_attn_implementation(ATTENTION_FUNCTION)
-        return
-    copies: dict[int, Any] = {}
+        return []
+    copies: dict[int, Copied] = {}
     for module in model.modules():
         own = module.__dict__.get("config")
         if getattr(own, "_attn_implementation", None) == instead_of and _takes_any_function(type(module).forward):
             if id(own) not in copies:
-                copies[id(own)] = copy.copy(own)
-                object.__setattr__(copies[id(own)], "_attn_implementation_internal", ATTENTION_FUNCTION)
-            module.config = copies[id(own)]
+                copies[id(own)] = Copied(own, copy.copy(own), instead_of)
+                object.__setattr__(copies[id(own)].ours, "_attn_implementation_internal", ATTENTION_FUNCTION)
+            module.config = copies[id(own)].ours
+    return list(copies.values())
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 #include "cases.h"
 #include "ops.h"
 #include "gate.h"
+#include "linear.h"
 
 namespace fuzz {
 
@@ -106,9 +107,10 @@ void layer(Random& random, const std::string&) {
         call.key.out = k.as();
         call.value.out = v.as();
         fate::project_heads(call);
-        fate::attend_project({q.as(), &theirs[row], keys.strides, values.strides, dtype, 1, heads, kv_heads, dim, dim,
-                              mixer.scale, nullptr, 1},
-                             mixer.output, attended.as());
+        const Exact given(heads * dim * item);
+        fate::attend({q.as(), &theirs[row], keys.strides, values.strides, dtype, 1, heads, kv_heads, dim, dim,
+                      mixer.scale, given.as(), 1});
+        fate::linear({{mixer.output.matrix, mixer.output.bias, attended.as()}}, given.as(), dtype, 1, 1);
         fate::add_values(x.as() + at, attended.as(), dtype, hidden, expected.as() + at);
         fate::rms_norm(half.post_norm, expected.as() + at, dtype, 1, expected_normed.as() + at, 1);
         require_same("keys in the cache", our_keys[row], keys.values[row]);

@@ -17,11 +17,8 @@ from fate.engine.session import FateModel
 from fate.models.kv_cache import PlannedLayer, PlannedSlidingLayer
 
 _CUT = (DynamicLayer, PlannedLayer)  # hold every token, so they can be cut back to any
-GO_ON = (
-    *_CUT,
-    DynamicSlidingWindowLayer,
-    PlannedSlidingLayer,
-)  # take several new tokens after old ones, as chunked prefill does
+# They take several new tokens after old ones, as chunked prefill does.
+GO_ON = (*_CUT, DynamicSlidingWindowLayer, PlannedSlidingLayer)
 
 
 class PrefixCache:

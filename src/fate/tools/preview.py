@@ -27,6 +27,9 @@ from fate.tools.diagnosis import disk_read_gb_per_s
 from fate.tools.inspection import meta_model, packed_dense_bytes
 from fate.tools.synth.shapes import MODELS
 from fate.tools.synth.store import synth_config
+from fate.units import MIB
+
+_RUNTIME_BYTES = 800 * MIB  # of a process that only runs a model; this one has measured, too
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,11 @@ def preview(
         header, dense = StoreHeader("int4", "", config.model_type, specs), packed_dense_bytes(built, layers, dense_bits)
     else:
         header, dense = reader.header, planning.dense_bytes(reader.path)
-        dense_bits = 4 if dense < packed_dense_bytes(built, layers, 8) * 3 // 4 else 8
     envelope = planning.resolve_envelope(built, max_context, 1, DEFAULT_PREFILL_CHUNK, None)
     needs = planning.measure_needs(built, header, dense, envelope)
     needs = replace(needs, runtime=min(needs.runtime, _RUNTIME_BYTES))
     parameters = sum(p.numel() for p in built.parameters())
-    item = torch.empty(0, dtype=built.dtype).element_size()
-    work = _work(built, header, dense, dense_bits, parameters)
+    work = _work(built, header, dense, parameters)
     machine = measure(disk, disk_gb_per_s, memory_gb_per_s)
     resident = needs.smallest + (needs.max_slots - needs.min_slots) * needs.slot
     transient = planning.transient_slots(built, header)
@@ -94,7 +95,7 @@ def preview(
         model,
         config.model_type,
         parameters,
-        download or parameters * item,
+        download or parameters * built.dtype.itemsize,
         download is not None,
         dense + header.file_bytes,
         needs.smallest,
@@ -106,9 +107,6 @@ def preview(
         found,
         sum(layer.router is not None for layer in layers),
     )
-
-
-_RUNTIME_BYTES = 800 << 20  # of a process that only runs a model; this one has measured, too
 
 
 def measure(disk: Path, disk_gb_per_s: float | None, memory_gb_per_s: float | None) -> Machine:
@@ -159,24 +157,20 @@ def _indexed_bytes(path: Path) -> int | None:
         return single.stat().st_size if single.is_file() else None
 
 
-def _work(model: Any, header: StoreHeader, dense: int, dense_bits: int, parameters: int) -> Work:
-    embeddings = model.get_input_embeddings()
-    config = model.config.get_text_config()
-    table = embeddings.weight.numel() if embeddings is not None else 0
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    looked_up = 0 if tied else table * dense_bits // 8  # a row of it is read, not all
-    experts = [layer.num_experts * sum(m.weights for m in layer.matrices) for layer in header.layers]
-    expert_weights = sum(m.weights for m in header.layers[0].matrices)
-    num_experts = max(layer.num_experts for layer in header.layers)
+def _work(model: Any, header: StoreHeader, dense: int, parameters: int) -> Work:
+    embeddings, config = model.get_input_embeddings(), model.config.get_text_config()
+    table = 0 if embeddings is None or getattr(config, "tie_word_embeddings", False) else embeddings.weight.numel()
+    experts = sum(layer.num_experts * sum(m.weights for m in layer.matrices) for layer in header.layers)
+    always = max(parameters - experts, 1)
     return Work(
         config.model_type,
-        max(dense - looked_up, 0),
-        header.layout(0).record_bytes,
-        expert_weights,
-        max(parameters - sum(experts) - (0 if tied else table), 0),
-        planning.top_k(model),
-        len(header.layers),
-        num_experts,
+        dense_bytes=dense * max(always - table, 0) // always,  # of the table a token reads one row
+        expert_bytes=header.layout(0).record_bytes,
+        expert_weights=sum(m.weights for m in header.layers[0].matrices),
+        dense_weights=max(always - table, 0),
+        top_k=planning.top_k(model),
+        layers=len(header.layers),
+        num_experts=max(layer.num_experts for layer in header.layers),
     )
 
 

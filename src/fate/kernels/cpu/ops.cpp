@@ -291,11 +291,4 @@ void silu_times(void* gate, const void* up, DType dtype, int64_t tokens, int64_t
 
 void add_values(const void* x, const void* y, DType dtype, int64_t count, void* out) { add(dtype, x, y, count, out); }
 
-void attend_project(AttentionCall call, const Dense& matrix, void* out) {
-    const int64_t bytes = call.rows * call.heads * call.value_dim * item_bytes(call.dtype);
-    call.out = Scratch::reserve(bytes, Scratch::kCaller).take<char>(bytes);
-    attend(call);
-    linear({{matrix.matrix, matrix.bias, out}}, call.out, call.dtype, call.rows, call.threads);
-}
-
 }  // namespace fate

@@ -103,7 +103,4 @@ void silu_times(void* gate, const void* up, DType dtype, int64_t tokens, int64_t
 // x + y, both [count] -> out; of `dtype`.
 void add_values(const void* x, const void* y, DType dtype, int64_t count, void* out);
 
-// What attention gives of `call`, times the matrix -> out [rows of the call, rows]; call.out is set here.
-void attend_project(AttentionCall call, const Dense& matrix, void* out);
-
 }  // namespace fate

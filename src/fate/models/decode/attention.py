@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fate.kernels import decode
-from fate.models.decode.modules import NativeRMSNorm, is_packed, norm_of, packed_matrix
+from fate.models.decode.modules import NativeRMSNorm, children_of, is_packed, norm_of, packed_matrix
 from fate.models.decode.watch import is_unhooked, own_class
 from fate.models.forms import ATTENTION_FUNCTION, ATTENTIONS, ROTATIONS, digest
 
@@ -22,7 +22,7 @@ def is_ours(attention: Any) -> bool:
     forward = type(attention).forward
     if digest(forward) not in ATTENTIONS or _rotation(forward) not in ROTATIONS:
         return False
-    children = {name: child for name, child in attention._modules.items() if child is not None}
+    children = children_of(attention)
     norms = set(children) & set(_HEAD_NORMS)
     if set(children) - norms != set(_LINEARS) or len(norms) == 1 or not all(is_packed(children[n]) for n in _LINEARS):
         return False
@@ -31,7 +31,7 @@ def is_ours(attention: Any) -> bool:
 
 def build(attention: Any, dtype: torch.dtype) -> decode.Attention | None:
     """The mixer; None where somebody hears of its modules or they are not as they were."""
-    children = {name: child for name, child in attention._modules.items() if child is not None}
+    children = children_of(attention)
     if not all(map(is_unhooked, (attention, *children.values()))) or not all(map(_as_built, children.items())):
         return None
     forward = own_class(attention).forward

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fate.kernels import decode
 from fate.models.decode.modules import (
     GATED,
-    NativeGate,
+    NativeLinear,
     NativeMLP,
     NativeRouter,
     is_gated_silu,
@@ -152,7 +152,7 @@ def adopt_blocks(model: nn.Module, watch: Watch) -> None:
             continue
         become(module, SparseBlock, watch)
         if name == "shared_expert":
-            become(module._modules["shared_expert_gate"], NativeGate, watch)  # type: ignore[arg-type]
+            become(module._modules["shared_expert_gate"], NativeLinear, watch)  # type: ignore[arg-type]
         for child in module.modules():
             if not isinstance(child, Watched):
                 become(child, Watched, watch)

@@ -10,7 +10,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from fate.kernels import decode
 from fate.kernels.mixers import DeltaShape
-from fate.models.decode.modules import is_packed, is_plain, packed_matrix
+from fate.models.decode.modules import children_of, is_packed, is_plain, packed_matrix
 from fate.models.decode.watch import Watch, Watched, become, is_unhooked, own_class
 from fate.models.forms import DELTA_HELPERS, DELTA_RULES, GATED_NORM, digest, form
 from fate.models.kv_cache import is_growing
@@ -53,7 +53,7 @@ def is_ours(mixer: Any) -> bool:
     names = names if "l2norm" in names or unwrapped is None else unwrapped.__globals__
     if any(name not in names or digest(names[name]) != wanted for name, wanted in DELTA_HELPERS.items()):
         return False
-    children = _children(mixer)
+    children = children_of(mixer)
     if set(children) != {*_inputs(mixer), "conv1d", "norm", "out_proj"} or not is_packed(children["out_proj"]):
         return False
     if form(children["norm"]) != GATED_NORM or children["norm"].activation != "silu":
@@ -63,7 +63,7 @@ def is_ours(mixer: Any) -> bool:
 
 def build(mixer: Any, dtype: torch.dtype) -> decode.DeltaRule | None:
     """The mixer; None where somebody hears of its modules or they are not as they were."""
-    children = _children(mixer)
+    children = children_of(mixer)
     if not all(map(is_unhooked, (mixer, *children.values()))) or not is_packed(children["out_proj"]):
         return None
     conv, norm = children["conv1d"], children["norm"]
@@ -133,10 +133,6 @@ def _begin(cache: Any, index: int, native: decode.DeltaRule, rows: int) -> bool:
     return True
 
 
-def _children(mixer: Any) -> dict[str, Any]:
-    return {name: child for name, child in mixer._modules.items() if child is not None}
-
-
 def _inputs(mixer: Any) -> tuple[str, ...]:
     return _JOINED if DELTA_RULES[digest(own_class(mixer).forward)] else _SEPARATE
 
@@ -146,8 +142,12 @@ def _input(module: nn.Module, dtype: torch.dtype) -> decode.PackedMatrix | Tenso
         matrix = packed_matrix(module)
         return matrix if matrix.bias is None or matrix.bias.dtype == dtype else None
     weight = module._parameters.get("weight")
-    plain = type(module) is nn.Linear or getattr(module, "fate_watch", None) is not None
-    if weight is None or not plain or weight.requires_grad or module._parameters.get("bias") is not None:
+    if (
+        weight is None
+        or own_class(module) is not nn.Linear
+        or weight.requires_grad
+        or module._parameters.get("bias") is not None
+    ):
         return None
     return weight.detach() if weight.dtype == dtype and weight.is_contiguous() else None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fate import kernels
 from fate.kernels import decode
-from fate.models.decode.modules import NativeRMSNorm, is_packed, norm_of, packed_matrix
+from fate.models.decode.modules import NativeRMSNorm, children_of, is_packed, norm_of, packed_matrix
 from fate.models.decode.watch import is_unhooked, own_class
 from fate.models.forms import ATTENTION_FUNCTION, EXPAND_KV, LATENT_ATTENTIONS, LatentForm, digest
 
@@ -29,18 +29,17 @@ def is_ours(attention: Any) -> bool:
     form = LATENT_ATTENTIONS.get(digest(cls.forward))
     if form is None or digest(getattr(cls, "expand_kv", len)) != EXPAND_KV or not _turns(cls.forward, form):
         return False
-    children = _children(attention)
-    if set(children) not in (_ALWAYS | _DIRECT, _ALWAYS | _THROUGH):
+    children = children_of(attention)
+    if set(children) not in (_ALWAYS | _DIRECT, _ALWAYS | _THROUGH) or not _is_native(children):
         return False
-    fits = all(isinstance(c, NativeRMSNorm) if n in _NORMS else is_packed(c) for n, c in children.items())
-    return fits and all(isinstance(getattr(attention, name, None), int) for name in _ATTRIBUTES)
+    return all(isinstance(getattr(attention, name, None), int) for name in _ATTRIBUTES)
 
 
 def build(attention: Any, dtype: torch.dtype) -> decode.LatentAttention | None:
     """The mixer; None where somebody hears of its modules or they are not as they were."""
-    children, config = _children(attention), attention.config
+    children, config = children_of(attention), attention.config
     form = LATENT_ATTENTIONS[digest(own_class(attention).forward)]
-    if not all(map(is_unhooked, (attention, *children.values()))) or not is_still(children):
+    if not all(map(is_unhooked, (attention, *children.values()))) or not _is_native(children):
         return None
     if getattr(config, "_attn_implementation", None) != ATTENTION_FUNCTION:
         return None
@@ -83,12 +82,8 @@ def _latent_attentions(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if digest(type(module).forward) in LATENT_ATTENTIONS]
 
 
-def is_still(children: dict[str, Any]) -> bool:
+def _is_native(children: dict[str, Any]) -> bool:
     return all(isinstance(c, NativeRMSNorm) if n in _NORMS else is_packed(c) for n, c in children.items())
-
-
-def _children(attention: Any) -> dict[str, Any]:
-    return {name: child for name, child in attention._modules.items() if child is not None}
 
 
 def _turns(forward: Any, form: LatentForm) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fate.kernels import decode
 from fate.models.decode import attention, delta, latent
 from fate.models.decode.block import BlockSpec
-from fate.models.decode.modules import NativeRMSNorm, norm_of
+from fate.models.decode.modules import NativeRMSNorm, children_of, norm_of
 from fate.models.decode.watch import Watch, Watched, become, is_unhooked, own_class, records_outputs
 from fate.models.forms import ATTENTIONS, LAYERS, digest
 from fate.models.kv_cache import is_growing, planned
@@ -124,7 +124,7 @@ def adopt_layers(model: nn.Module, watch: Watch) -> None:
     for module in model.modules():
         if isinstance(module, Watched) or digest(type(module).forward) not in LAYERS:
             continue
-        children = {name: child for name, child in module._modules.items() if child is not None}
+        children = children_of(module)
         names = set(children) & set(_MIXERS)
         if len(names) != 1 or set(children) != {*_NORMS, "mlp", *names}:
             continue

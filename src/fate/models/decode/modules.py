@@ -36,6 +36,11 @@ def is_plain(x: object) -> bool:
     )
 
 
+def children_of(module: nn.Module) -> dict[str, Any]:
+    """Its children by name, without those that are None."""
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
 def packed_matrix(module: nn.Module) -> decode.PackedMatrix:
     """The packed weight and bias of a `PackedLinear`."""
     assert isinstance(module, PackedLinear)
@@ -153,7 +158,7 @@ def is_gated_silu(module: nn.Module) -> bool:
     return packed and is_silu(act) and (not isinstance(act, nn.Module) or is_unhooked(act))
 
 
-class NativeGate(Watched):
+class NativeLinear(Watched):
     """A matrix of few rows that is not packed: the gate of a shared expert, a router's. torch's own product of one
     bfloat16 token takes ten times as long as reading the matrix, on some processors a hundred times."""
 
@@ -179,7 +184,7 @@ def adopt(model: nn.Module, watch: Watch) -> None:
         elif text in ROUTERS and "weight" in module._parameters:
             become(module, NativeRouter, watch)
         elif type(module) is nn.Linear and module.bias is None and module.weight.shape[0] <= MOST_ROWS:
-            become(module, NativeGate, watch)
+            become(module, NativeLinear, watch)
         elif text in GATED_MLPS and all(is_packed(module._modules.get(name)) for name in GATED):
             become(module, NativeMLP, watch)
 

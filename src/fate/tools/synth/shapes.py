@@ -146,17 +146,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 262144,
     },
 }
-_LIKE_TRAINED = ("qwen1.5-moe-a2.7b", "deepseek-moe-16b")  # whose routing `real` was measured to be like trained ones'
+UNIFORM_ONLY = frozenset(MODELS) - {"qwen1.5-moe-a2.7b", "deepseek-moe-16b"}  # `real` was measured for these two
 
 
 def default_routing(name: str, routing: str | None) -> str:
     """The routing that a store of these shapes gets. Raises UsageError where it has none of this name."""
-    has_real = name in _LIKE_TRAINED or name not in SHIPPED
-    if routing is None:
-        return "real" if has_real else "uniform"
-    if routing == "real" and not has_real:
+    if routing == "real" and name in UNIFORM_ONLY:
         raise UsageError(f"{name} has no routing like trained models' yet: choose --routing uniform")
-    return routing
-
-
-SHIPPED = frozenset(MODELS)
+    return routing or ("uniform" if name in UNIFORM_ONLY else "real")

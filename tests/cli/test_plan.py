@@ -37,10 +37,15 @@ def test_a_checkpoint_and_the_store_made_of_it(cli):
     assert checkpoint["store_bytes"] == pytest.approx(store["store_bytes"], rel=0.05)
 
 
-def test_a_larger_budget_is_faster(cli):
-    budgets = cli("plan", "qwen3.5-35b-a3b", *GIVEN, "--memory", "6GiB", "--memory", "12GiB", "--json").json["budgets"]
+def test_a_larger_budget_holds_more_and_is_faster(cli):
+    found = cli("plan", "qwen3.5-35b-a3b", *GIVEN, "--memory", "6GiB", "--memory", "12GiB", "--json").json
+    needs, layers, budgets = found["needs"], found["work"]["layers"], found["budgets"]
     assert [size for size, _ in budgets] == [6 * 2**30, 12 * 2**30]
     assert budgets[0][1]["tokens_per_s"][0] < budgets[1][1]["tokens_per_s"][0]
+    fixed = sum(needs[name] for name in ("runtime", "dense", "kv_cache", "buffers"))
+    transient = needs["min_slots"] - layers  # every layer caches one at least
+    for size, at in budgets:
+        assert at["share"] == pytest.approx(((size - fixed) / needs["slot"] - transient) / needs["total_experts"])
 
 
 def test_what_cannot_fit(cli):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import fate
 from fate import kernels
@@ -49,15 +50,41 @@ def test_models_use_it_and_keep_torchs_threads():
 
 
 def test_a_multimodal_models_text_attention_is_ours_until_somebody_sets_another(tmp_path: Path) -> None:
-    family = next(family for family in find_composites() if family.name == "qwen3_5_moe")
-    config = tiny_config(family)
-    store = convert(save_checkpoint(config, tmp_path / "checkpoint"), tmp_path / "store")
+    family = next(family for family in find_composites() if family.name == "gemma4")
+    store = convert(save_checkpoint(tiny_config(family), tmp_path / "checkpoint"), tmp_path / "store")
     with fate.load(store, on_plan=lambda *_: None) as model, torch.inference_mode():
+        text = [module for module in model.modules() if type(module).__name__ == "Gemma4TextAttention"]
         ids = torch.randint(0, 200, (1, 12), generator=torch.Generator().manual_seed(0))
-        named = {m.config._attn_implementation for n, m in model.named_modules() if n.endswith(".self_attn")}
-        assert named == {ATTENTION_FUNCTION}
+        assert {module.config._attn_implementation for module in text} == {ATTENTION_FUNCTION}
         ours = model(input_ids=ids).logits
         model.set_attn_implementation("eager")
         torch.testing.assert_close(model(input_ids=ids).logits, ours, rtol=1e-3, atol=1e-3)
-        named = {m.config._attn_implementation for n, m in model.named_modules() if n.endswith(".self_attn")}
-        assert named == {"eager"}
+        assert {module.config._attn_implementation for module in text} == {"eager"}
+
+
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_a_prompt_with_sinks(hidden: int) -> None:
+    """hidden: positions on the left that nobody sees. Against transformers' eager attention in float64."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 9, 16, generator=generator) for heads in (4, 2, 2))
+    sinks, module = torch.randn(4, generator=generator), Attention()
+    module.sinks = sinks.double()
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    seen[hidden:, :hidden] = False
+    mask = seen.expand(2, 1, 9, 9)
+    additive = torch.zeros(2, 1, 9, 9, dtype=torch.float64).masked_fill(~mask, -1e30)
+    wanted, _ = eager_attention_forward(module, *(t.double() for t in (query, key, value)), additive, 0.25)
+    given = mask if hidden else None
+    ours, _ = attention_forward(module, query, key, value, given, scaling=0.25, s_aux=sinks)
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sunk", [False, True])
+def test_one_token_with_sinks(sunk: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, h, n, 16, generator=generator) for h, n in ((4, 1), (2, 9), (2, 9)))
+    sinks, module = torch.full((4,), 30.0) if sunk else torch.randn(4, generator=generator), Attention()
+    module.sinks = sinks.double()
+    wanted, _ = eager_attention_forward(module, *(t.double() for t in (query, key, value)), None, 0.25)
+    ours, _ = attention_forward(module, query, key, value, None, scaling=0.25, s_aux=sinks)
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-5)

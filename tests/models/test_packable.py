@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextScaledWordEmbedding
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeScaledWordEmbedding
 
+from fate.kernels.reference import dequantize
 from fate.models.adapter import build_meta_model, find_moe_layers
 from fate.models.packable import packable, packed_ties
+from fate.models.packed import PackedEmbedding
+from packed_records import random_record
 from tiny import FAMILIES, tiny_config
 
 
@@ -70,3 +75,20 @@ def test_what_the_model_keeps_in_float32_stays() -> None:
     packed = packable(model, layers)
     assert "model.layers.0.self_attn.q_proj" not in packed
     assert "model.layers.0.self_attn.o_proj" in packed
+
+
+@pytest.mark.parametrize("cls", [Gemma4TextScaledWordEmbedding, NllbMoeScaledWordEmbedding])
+def test_an_embedding_with_a_scale(cls: type[nn.Embedding]) -> None:
+    embedding = cls(300, 64, 0, embed_scale=8.0)
+    packed = PackedEmbedding(embedding, "int8", torch.float32)
+    packed.packed = random_record(packed.layout)
+    table = dequantize(packed.packed, packed.layout, 0)
+    embedding.weight.data = table
+    ids = torch.tensor([[3, 299, 0]])
+    torch.testing.assert_close(packed(ids), embedding(ids))
+    torch.testing.assert_close(packed.weight[5, :], table[5])
+    torch.testing.assert_close(packed.weight[-1], table[-1])
+    torch.testing.assert_close(nn.functional.linear(table[:2], packed.weight), table[:2] @ table.T)
+    assert (packed.weight.shape, packed.weight.dtype) == (table.shape, table.dtype)
+    with pytest.raises(IndexError):
+        packed.weight[300]

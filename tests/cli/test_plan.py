@@ -54,5 +54,11 @@ def test_what_cannot_fit(cli):
     assert "the smallest that does is --memory" in result.err
 
 
-def test_what_is_no_model(refuse):
+def test_what_is_no_model(refuse, tmp_path):
     refuse(2, "plan", "/nowhere/at/all", *GIVEN)
+    (tmp_path / "model.gguf").touch()
+    assert "is a file" in refuse(2, "plan", tmp_path / "model.gguf", *GIVEN)
+
+
+def test_a_disk_that_is_not_there(refuse):
+    assert "is not a directory" in refuse(2, "plan", "qwen3-30b-a3b", "--disk", "/nowhere")

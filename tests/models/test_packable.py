@@ -13,6 +13,8 @@ from fate.models.adapter import build_meta_model, find_moe_layers
 from fate.models.packable import packable, packed_ties
 from fate.models.packed import PackedEmbedding
 from packed_records import random_record
+from sweep.discovery import find_family
+from sweep.tiny_configs import tiny_config as family_config
 from tiny import FAMILIES, tiny_config
 
 
@@ -92,3 +94,10 @@ def test_an_embedding_with_a_scale(cls: type[nn.Embedding]) -> None:
     assert (packed.weight.shape, packed.weight.dtype) == (table.shape, table.dtype)
     with pytest.raises(IndexError):
         packed.weight[300]
+
+
+def test_an_embedding_with_a_scale_and_the_head_tied_to_it_are_packed() -> None:
+    model = build_meta_model(family_config(find_family("gemma4")))
+    packed = packable(model, find_moe_layers(model))
+    assert packed["model.embed_tokens"] == "embedding"
+    assert packed_ties(model, packed) == {"lm_head": "model.embed_tokens"}

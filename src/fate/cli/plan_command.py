@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A checkpoint's directory, a hub id, or a name that fate synth knows.")],
+    model: Annotated[str, typer.Argument(help="A store, a checkpoint directory, a hub id or a name of fate synth.")],
     memory: Annotated[
         list[str] | None, typer.Option(help="A budget, repeatable. Default: eight, from the smallest on.")
     ] = None,

@@ -193,7 +193,10 @@ def resolve_source(model: str | Path) -> Path:
 
 def resolve_outline(model: str | Path) -> Path:
     """A directory with `model`'s configuration and index: itself, or of the hub's only these, without any weight."""
-    if Path(model).expanduser().is_dir() or not re.fullmatch(_HUB_ID, str(model)):
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise ModelNotFoundError(f"{model} is a file: give the directory of a checkpoint or store, or a hub id")
+    if path.is_dir() or not re.fullmatch(_HUB_ID, str(model)):
         return resolve_source(model)
     return _downloaded(str(model), ["config.json", INDEX_FILE, "*.py"])
 

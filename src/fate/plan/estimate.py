@@ -28,8 +28,8 @@ HITS: dict[str, tuple[float, ...]] = {
 }
 _ALIKE = {"qwen3_5_moe": "qwen3_moe", "qwen3_next": "qwen3_moe", "gemma4_text": "gemma4"}
 
-# Fitted to Qwen1.5-MoE at 25, 50, 75 and 100% from a disk of 2.2 GB/s (6.3, 11.1, 16.9, 21.1 tok/s against 7.2, 10.0,
-# 15.3, 20.5 measured), AVX-512:
+# Fitted to full-size Qwen1.5-MoE at 25, 50, 75 and 100% from a disk of 2.2 GB/s, AVX-512: 6.1, 11.0, 15.4, 18.8 tok/s
+# where docs/results/own-time.jsonl has 7.5, 9.9, 14.4, 20.5.
 OVERLAP_LOSS = 0.35  # of the shorter of compute and transfer: misses come in bursts
 KERNEL_SHARE = 0.9  # of one large matrix's speed that a model's matrices reach
 LAYER_S, MISS_S = 0.0002, 0.0002  # of the interpreter, a layer and a missing expert

@@ -30,8 +30,6 @@ _FUSED = (
 
 def diagnose(path: Path) -> dict[str, Any]:
     """Measurements take about two seconds and 256 MiB of memory and of disk at `path`."""
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a directory: give one on the disk to measure")
     active = kernels.active()
     direct, disk = disk_read_gb_per_s(path)
     return {
@@ -69,7 +67,10 @@ def memory_read_gb_per_s(size: int = 512 * MIB, repeats: int = 5) -> float:
 
 
 def disk_read_gb_per_s(path: Path, size: int = 256 * MIB, read_bytes: int = 4 * MIB) -> tuple[bool, float]:
-    """(O_DIRECT works, best of two passes with two readers) over a temporary file at `path`."""
+    """(O_DIRECT works, best of two passes with two readers) over a temporary file at `path`. Raises UsageError where it
+    is no directory."""
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory: give one on the disk to measure")
     with tempfile.NamedTemporaryFile(dir=path, prefix=".fate-doctor-") as file:
         block = os.urandom(read_bytes)
         for _ in range(size // read_bytes):
